@@ -1,0 +1,1 @@
+"""Client-facing APIs (dialects), one module each. They never import one another."""

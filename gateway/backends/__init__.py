@@ -1,0 +1,1 @@
+"""Upstreams that answer chat requests, one module per wire format."""

@@ -1,0 +1,1 @@
+"""Rows: two drivers below one SQL text, and the statements by noun."""
