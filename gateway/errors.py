@@ -53,6 +53,7 @@ class GatewayError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    upstream_status: int | None = None
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class UpstreamError(GatewayError):
 
     status = 502
     type = "upstream_error"
-    code = "upstream_error"
+    code: str | None = "upstream_error"
 
     def __init__(
         self,
@@ -182,7 +183,9 @@ class UpstreamError(GatewayError):
         self.upstream_status = upstream_status
         if type is not None:
             self.type = type
-        self.code = code if code is not None or type is not None else self.code
+            self.code = code
+        elif code is not None:
+            self.code = code
 
 
 class UpstreamTimeout(UpstreamError):

@@ -1,0 +1,197 @@
+"""Group commit of finished turns. Nothing is acknowledged before it is durable.
+
+All turns that finish while a commit is on its way go into the next one: no artificial wait, one transaction for many.
+A turn is its usage rows, its messages and the totals of its conversation and session, all or nothing.
+
+- A failed commit always reaches its waiters: `record` ends with NotRecorded after `DEADLINE` seconds at the latest.
+- The turn itself is kept and tried again until the database takes it: the client was told, the money row is not lost.
+  At most `MOST_WAITING` turns are kept; beyond that `record` refuses at once.
+- On a data error the batch is tried again turn by turn, and only the culprit fails.
+- A commit whose answer was lost is tried again: its usage rows are there already, which says that all of it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gateway.errors import DatabaseUnavailable, NotRecorded
+from gateway.store import conversations, sessions, usage
+from gateway.store.conversations import ConversationTurn
+from gateway.store.database import AlreadyThere, Database, RowRejected, Step
+from gateway.store.sessions import SessionTotals
+from gateway.store.usage import UsageRow
+
+log = logging.getLogger("gateway.ledger")
+
+DEADLINE = 10.0
+MOST_IN_BATCH = 500
+MOST_WAITING = 20_000
+RETRY_PAUSE = 0.25
+SESSION_IDLE_MS = 30 * 60 * 1000
+_MOST_SESSIONS = 10_000
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one logical request leaves behind."""
+
+    usage: Sequence[UsageRow]
+    conversation: ConversationTurn | None = None
+    durable: asyncio.Future[None] | None = field(default=None, compare=False)
+
+
+class Ledger:
+    """One committer for each worker. `async with` it inside the running loop."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._waiting: list[Turn] = []
+        self._wake = asyncio.Event()
+        self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="ledger")
+
+    async def aclose(self, grace: float = 5.0) -> None:
+        """Writes what waits; what the database does not take in `grace` seconds is logged as lost."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._task), grace)
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for turn in self._waiting:
+            log.error("turn not recorded: %s", _figures(turn))
+
+    async def record(self, turn: Turn) -> None:
+        """Returns once the turn is durable. Raises NotRecorded."""
+        if len(self._waiting) >= MOST_WAITING or self._task is None or self._task.done():
+            log.error("turn not recorded, no room: %s", _figures(turn))
+            raise NotRecorded(log="the ledger takes no more turns")
+        turn.durable = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._wake.set()
+        done, _ = await asyncio.wait({turn.durable}, timeout=DEADLINE)
+        if not done:
+            raise NotRecorded(log="no commit in time; the turn is kept and tried again")
+        turn.durable.result()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch = self._waiting[:MOST_IN_BATCH]
+                try:
+                    await self._commit(batch)
+                except DatabaseUnavailable as failure:
+                    log.warning("commit of %d turns failed, trying again: %s", len(batch), failure.cause)
+                    await asyncio.sleep(RETRY_PAUSE)
+                else:
+                    del self._waiting[: len(batch)]
+            if self._closing:
+                return
+
+    async def _commit(self, batch: list[Turn]) -> None:
+        """Settles every turn of the batch. Raises DatabaseUnavailable if the database took none of the rest."""
+        try:
+            await self._write(batch)
+        except DatabaseUnavailable:
+            raise
+        except Exception:  # whatever one turn holds must not cost the others theirs
+            for turn in batch:
+                await self._commit_alone(turn)
+        else:
+            for turn in batch:
+                _settle(turn, None)
+
+    async def _commit_alone(self, turn: Turn) -> None:
+        if turn.durable is not None and turn.durable.done():
+            return
+        try:
+            await self._write([turn])
+        except AlreadyThere:
+            _settle(turn, None)
+        except DatabaseUnavailable:
+            raise
+        except Exception as failure:
+            known = isinstance(failure, RowRejected)
+            log.error("turn not recorded (%s): %s", failure, _figures(turn), exc_info=not known)
+            _settle(turn, NotRecorded(log=str(failure)))
+        else:
+            _settle(turn, None)
+
+    async def _write(self, batch: Sequence[Turn]) -> None:
+        await self._give_sessions(batch)
+        turns = [turn.conversation for turn in batch if turn.conversation is not None]
+        steps: list[Step] = [usage.insert(row for turn in batch for row in turn.usage)]
+        steps += conversations.save(turns)
+        steps.append(sessions.add_totals(_session_totals(turns)))
+        await self._database.write(steps)
+
+    async def _give_sessions(self, batch: Sequence[Turn]) -> None:
+        """A new conversation joins its user's session, which is opened if the last one has been idle."""
+        for turn in batch:
+            talk = turn.conversation
+            if talk is None:
+                continue
+            if talk.is_new and talk.session_id is None:
+                talk.session_id = await self._session_of(talk.user_id, talk.at)
+            for row in turn.usage:
+                row.session_id = talk.session_id
+
+    async def _session_of(self, user_id: str, now: int) -> str:
+        known = self._sessions.pop(user_id, None)
+        if known is None or now - known[1] > SESSION_IDLE_MS:
+            session_id = await sessions.current(self._database, user_id, active_since=now - SESSION_IDLE_MS)
+            if session_id is None:
+                session_id = f"sess_{secrets.token_hex(16)}"
+                await sessions.open_session(self._database, session_id, user_id, now)
+        else:
+            session_id = known[0]
+        self._sessions[user_id] = (session_id, now)
+        if len(self._sessions) > _MOST_SESSIONS:
+            self._sessions.popitem(last=False)
+        return session_id
+
+
+def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
+    totals: dict[str, SessionTotals] = {}
+    for turn in turns:
+        if turn.session_id is None:
+            continue
+        total = totals.setdefault(turn.session_id, SessionTotals(turn.session_id))
+        total.conversations += turn.is_new
+        total.tokens += turn.tokens_input + turn.tokens_output
+        total.cost_nanousd += turn.cost_nanousd
+        total.last_activity = max(total.last_activity, turn.at)
+    return list(totals.values())
+
+
+def _settle(turn: Turn, failure: NotRecorded | None) -> None:
+    if turn.durable is None or turn.durable.done():
+        return
+    if failure is None:
+        turn.durable.set_result(None)
+    else:
+        turn.durable.set_exception(failure)
+        turn.durable.exception()  # marks it as seen: a waiter that has left must not make the loop complain
+
+
+def _figures(turn: Turn) -> str:
+    """A turn for the log: figures and ids, never content."""
+    return "; ".join(
+        f"request={row.request_id} attempt={row.attempt} user={row.user_id} model={row.model} status={row.status} "
+        f"input={row.input_tokens} output={row.output_tokens} cost_nanousd={row.cost_nanousd}"
+        for row in turn.usage
+    )

@@ -1,0 +1,104 @@
+"""How attempts ended, as usage rows: tokens, price, cost, times."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from gateway.auth import Caller
+from gateway.catalog import Route
+from gateway.store.text import clean
+from gateway.store.usage import Status, UsageRow
+from gateway.wire.chat import Usage
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How an attempt ended. `ended_by` is the disconnect policy that ended it, if one did."""
+
+    status: Status
+    usage: Usage
+    counted_by: Literal["upstream", "gateway"]
+    finish_reason: str | None
+    ended_by: str | None = None
+    ttft_ms: int | None = None
+
+
+def nothing(status: Status) -> Outcome:
+    """For an attempt that brought nothing and cost nothing."""
+    return Outcome(status, Usage(), "gateway", None)
+
+
+class Meter:
+    """Counts the attempts of one logical request. `at` is in milliseconds (UTC)."""
+
+    def __init__(self, request_id: str, caller: Caller, end_user: str | None, at: int, *, stream: bool) -> None:
+        self.rows: list[UsageRow] = []
+        self._request_id = request_id
+        self._caller = caller
+        self._end_user = clean(end_user)
+        self._at = at
+        self._stream = stream
+
+    def row(self, route: Route, model: str, outcome: Outcome, started: float, *, charged: bool) -> UsageRow:
+        """The row of the attempt that began at `started` (perf_counter) and is now over; kept in `rows`."""
+        usage, price = outcome.usage, route.price
+        spent = usage.input_tokens + usage.output_tokens
+        cost = 0 if not spent else price.cost(usage) if price is not None else None
+        row = UsageRow(
+            id=f"use_{secrets.token_hex(16)}",
+            request_id=self._request_id,
+            attempt=len(self.rows) + 1,
+            created_at=self._at,
+            user_id=self._caller.user_id,
+            key_id=self._caller.key_id,
+            end_user=self._end_user,
+            session_id=None,
+            conversation_id=None,
+            backend=route.backend.name,
+            model=clean(model),
+            upstream_model=clean(route.upstream_model),
+            input_tokens=usage.input_tokens,
+            cached_tokens=usage.cached_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+            audio_input_tokens=usage.audio_input_tokens,
+            output_tokens=usage.output_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            audio_output_tokens=usage.audio_output_tokens,
+            counted_by=outcome.counted_by,
+            price=price.to_json() if price is not None else None,
+            price_unknown=int(cost is None),
+            cost_nanousd=cost,
+            charged=int(charged),
+            status=outcome.status,
+            finish_reason=clean(outcome.finish_reason),
+            stream=int(self._stream),
+            ended_by=outcome.ended_by,
+            ttft_ms=outcome.ttft_ms,
+            duration_ms=milliseconds_since(started),
+        )
+        self.rows.append(row)
+        return row
+
+
+def timings(outcome: Outcome, row: UsageRow) -> dict[str, float | int]:
+    """llama.cpp's figures, as far as they can be told from outside: tokens, milliseconds, tokens per second."""
+    predicted_ms = max(1, row.duration_ms - (outcome.ttft_ms or 0))
+    found: dict[str, float | int] = {"cache_n": row.cached_tokens, "prompt_n": row.input_tokens}
+    if outcome.ttft_ms is not None:
+        found |= {"prompt_ms": outcome.ttft_ms, "prompt_per_second": _rate(row.input_tokens, outcome.ttft_ms)}
+    return found | {
+        "predicted_n": row.output_tokens,
+        "predicted_ms": predicted_ms,
+        "predicted_per_second": _rate(row.output_tokens, predicted_ms),
+    }
+
+
+def milliseconds_since(started: float) -> int:
+    return round((time.perf_counter() - started) * 1000)
+
+
+def _rate(tokens: int, milliseconds: int) -> float:
+    return round(tokens * 1000 / max(1, milliseconds), 2)

@@ -1,0 +1,229 @@
+"""What surrounds every route, as plain ASGI: CORS, request ids and the access log, errors, spellings of a path.
+
+From the outside in: `CORS`, `Observed`, `ErrorBoundary`, `OnePath`, then the router. CORS is outermost so that a
+refusal carries its headers too: without them a browser reports a network error and nothing else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+from starlette.exceptions import HTTPException
+
+from gateway.errors import GatewayError, MethodNotAllowed, NotFound
+from gateway.responses import Header, Message, Receive, Scope, Send, send_error
+
+access_log = logging.getLogger("gateway.access")
+log = logging.getLogger("gateway")
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_SLASHES = re.compile(r"/{2,}")
+_WITHOUT_V1 = re.compile(r"/(chat/completions|models)(/.*)?")
+_EXPOSED = (
+    b"x-request-id, retry-after, retry-after-ms, x-should-retry, x-conversation-id, x-gateway-backend, "
+    b"x-gateway-model, x-gateway-cost, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    b"x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, "
+    b"x-ratelimit-reset-tokens, openai-processing-ms"
+)
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of that name (lower case)."""
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def one_path(path: str) -> str:
+    """The one spelling that routes know: no doubled slash, no slash at the end, one `/v1`."""
+    if "//" in path:
+        path = _SLASHES.sub("/", path)
+    if path.endswith("/") and path != "/":
+        path = path[:-1]
+    while path.startswith("/v1/v1/") or path == "/v1/v1":
+        path = path[3:]
+    return f"/v1{path}" if _WITHOUT_V1.fullmatch(path) else path
+
+
+class CORS:
+    """For `/v1` and its spellings without it. `origins` empty: off. Preflights need no key and name no list of
+    headers: SDKs send a dozen of their own, so what is asked for is what is allowed."""
+
+    def __init__(self, app: App, origins: Iterable[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origin.rstrip("/").encode("latin-1") for origin in origins)
+        self._any = b"*" in self._origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = header(scope, b"origin") if scope["type"] == "http" and self._origins else None
+        if origin is None or not one_path(scope["path"]).startswith("/v1"):
+            await self._app(scope, receive, send)
+            return
+        allowed = self._any or origin in self._origins
+        if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method") is not None:
+            await _send_empty(send, 204, self._preflight(scope, origin) if allowed else [(b"vary", b"Origin")])
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = [*self._origin(origin), (b"access-control-expose-headers", _EXPOSED)] if allowed else []
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _origin(self, origin: bytes) -> list[Header]:
+        if self._any:
+            return [(b"access-control-allow-origin", b"*")]
+        return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+
+    def _preflight(self, scope: Scope, origin: bytes) -> list[Header]:
+        asked = header(scope, b"access-control-request-headers")
+        found = [*self._origin(origin), (b"access-control-allow-methods", b"GET, POST, PUT, PATCH, DELETE, OPTIONS")]
+        if asked is not None:
+            found.append((b"access-control-allow-headers", asked))
+        if header(scope, b"access-control-request-private-network") == b"true":
+            found.append((b"access-control-allow-private-network", b"true"))
+        return [*found, (b"access-control-max-age", b"86400")]
+
+
+class Observed:
+    """Gives every request an id and a line in the access log: method, path, status, time. Never the query string,
+    a header that could hold a secret, or a word of a prompt. `X-Forwarded-For` counts only from `trusted_proxies`."""
+
+    def __init__(self, app: App, trusted_proxies: Iterable[str] = ()) -> None:
+        self._app = app
+        self._trusted = [ipaddress.ip_network(proxy, strict=False) for proxy in trusted_proxies]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = header(scope, b"x-request-id")
+        safe = given is not None and _SAFE_REQUEST_ID.fullmatch(given)
+        request_id = given.decode() if given is not None and safe else f"req_{secrets.token_hex(16)}"
+        scope["state"]["request_id"] = request_id
+        started = time.perf_counter()
+        status = 499
+        id_header = (b"x-request-id", request_id.encode())
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], id_header]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            fields = {
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "ms": round((time.perf_counter() - started) * 1000, 1),
+                "client": self._client(scope),
+                "user": scope["state"].get("user"),
+                "model": scope["state"].get("model"),
+            }
+            access_log.info("request", extra={"fields": fields})
+
+    def _client(self, scope: Scope) -> str | None:
+        """The peer, or what the last trusted proxy says of it: hops are counted from the right."""
+        hop = scope["client"][0] if scope.get("client") else None
+        if not self._trusted:
+            return hop
+        told = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for").decode("latin-1")
+        for earlier in [part.strip() for part in reversed(told.split(",")) if part.strip()]:
+            if not self._is_trusted(hop):
+                break
+            hop = earlier[:64]
+        return hop
+
+    def _is_trusted(self, address: str | None) -> bool:
+        try:
+            found = ipaddress.ip_address(address or "")
+        except ValueError:
+            return False
+        return any(found in network for network in self._trusted)
+
+
+class ErrorBoundary:
+    """The last place where a failure becomes a reply in OpenAI's shape. What nobody foresaw is a 500 with an id."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as raised:
+            failure = _as_gateway_error(raised)
+            request_id = scope["state"].get("request_id")
+            unforeseen = failure.status == 500
+            if failure.log or unforeseen:
+                log.log(
+                    logging.ERROR if unforeseen else logging.WARNING,
+                    "%s: %s",
+                    request_id,
+                    failure.log or failure.message,
+                    exc_info=raised if unforeseen else None,
+                )
+            if not started:
+                await send_error(send, failure, _closing(scope))
+
+
+class OnePath:
+    """Rewrites the spellings of a path to the one that routes know. Never a redirect: POST bodies get lost in them."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = one_path(scope["path"])
+        await self._app(scope, receive, send)
+
+
+async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """For a path that no route knows."""
+    if scope["type"] == "http":
+        raise NotFound(f"Unknown path: {scope['method']} {scope['path'][:200]}")
+
+
+def _as_gateway_error(raised: Exception) -> GatewayError:
+    if isinstance(raised, GatewayError):
+        return raised
+    if isinstance(raised, HTTPException) and raised.status_code == 405:
+        return MethodNotAllowed("This path does not take that method.", headers=dict(raised.headers or {}))
+    return GatewayError("The gateway failed to answer. Its log says more under the id of this request.")
+
+
+def _closing(scope: Scope) -> list[Header]:
+    """A body that nobody will read ends the connection: it must not be taken for the next request."""
+    if scope["state"].get("body_read"):
+        return []
+    length = header(scope, b"content-length")
+    small = length is None or (length.isdigit() and int(length) <= 1 << 16)
+    return [] if small and header(scope, b"transfer-encoding") is None else [(b"connection", b"close")]
+
+
+async def _send_empty(send: Send, status: int, headers: list[Header]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,202 @@
+"""Replies as plain ASGI: JSON in one go, and a stream of our own that outlives its client.
+
+`StreamResponse` drives a `StreamExchange`: it waits for the first chunk before it sends the status, sends what each
+read gives as it comes, writes `: ping` into silence, and never lets a failed stream look finished. A slow client makes
+`send` wait, and who does not read pauses the upstream: nothing piles up in between.
+
+Whatever the client does, the exchange is driven to its end and recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from gateway.drain import Drain
+from gateway.errors import GatewayError
+from gateway.relay import Exchange, Reply, StreamExchange
+from gateway.wire import sse
+from gateway.wire.jsontext import dumps
+
+log = logging.getLogger("gateway.responses")
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+PING_SECONDS = 15.0
+JSON_TYPE: Header = (b"content-type", b"application/json")
+NO_STORE: Header = (b"cache-control", b"no-store")
+STREAM_HEADERS: Sequence[Header] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    NO_STORE,
+    (b"x-accel-buffering", b"no"),
+)
+
+
+async def send_json(send: Send, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+    """A JSON reply. An own `content-type` or `cache-control` in `headers` is not expected."""
+    length = (b"content-length", b"%d" % len(body))
+    await send({"type": "http.response.start", "status": status, "headers": [JSON_TYPE, length, NO_STORE, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def error_body(failure: GatewayError) -> bytes:
+    """OpenAI's error object."""
+    fields = {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}
+    return dumps({"error": fields})
+
+
+async def send_error(send: Send, failure: GatewayError, headers: Sequence[Header] = ()) -> None:
+    own = [(name.encode("latin-1"), header_value(value)) for name, value in failure.headers.items()]
+    await send_json(send, failure.status, error_body(failure), [*own, *headers])
+
+
+def header_value(text: str) -> bytes:
+    """Any text as the value of a header: printable ASCII as it is, all else percent-encoded."""
+    if text.isascii() and text.isprintable():
+        return text.encode()
+    return quote(text, safe=" !#$&'()*+,/:;=?@[]~", errors="replace").encode()
+
+
+async def drive(exchange: Exchange, drain: Drain, receive: Receive) -> Reply:
+    """A whole reply, while watching whether the client is still there. Raises GatewayError."""
+    watcher = asyncio.create_task(_tell_when_gone(receive, exchange.client_left))
+    try:
+        with drain.entered(exchange.interrupt):
+            return await exchange.complete()
+    finally:
+        watcher.cancel()
+
+
+async def _tell_when_gone(receive: Receive, gone: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone()
+
+
+class StreamResponse:
+    """Call it with the scope's `receive` and `send`. Raises GatewayError while the status is still unsent."""
+
+    def __init__(
+        self,
+        exchange: StreamExchange,
+        drain: Drain,
+        headers: Callable[[], Sequence[Header]],
+        *,
+        first_chunk_wait: float,
+        ping_seconds: float = PING_SECONDS,
+    ) -> None:
+        self._exchange = exchange
+        self._drain = drain
+        self._headers = headers
+        self._first_chunk_wait = first_chunk_wait
+        self._ping_seconds = ping_seconds
+        self._send: Send
+        self._loop = asyncio.get_running_loop()
+        self._started = False
+        self._sending = False
+        self._gone = False
+        self._done = False
+        self._last_sent = 0.0
+        self._ping_timer: asyncio.TimerHandle | None = None
+        self._beside: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, receive: Receive, send: Send) -> None:
+        self._send = send
+        watcher = asyncio.create_task(_tell_when_gone(receive, self._client_left))
+        try:
+            with self._drain.entered(self._interrupt):
+                await self._run()
+        finally:
+            self._done = True
+            watcher.cancel()
+            if self._ping_timer is not None:
+                self._ping_timer.cancel()
+
+    async def _run(self) -> None:
+        try:
+            data = await self._open()
+            await self._start()
+            while True:
+                if data or self._exchange.ended:
+                    await self._write(data, last=self._exchange.ended)
+                if self._exchange.ended:
+                    return
+                data = await self._exchange.read()
+        except GatewayError as failure:
+            if not self._started:
+                raise
+            await self._fail(failure)
+
+    async def _open(self) -> bytes:
+        """Waits for the first chunk; when that takes too long, the status goes out before it."""
+        opening = asyncio.ensure_future(self._exchange.open())
+        try:
+            done, _ = await asyncio.wait({opening}, timeout=self._first_chunk_wait)
+            if not done:
+                self._exchange.status_sent()
+                await self._start()
+            return await opening
+        except asyncio.CancelledError:
+            opening.cancel()
+            raise
+
+    async def _start(self) -> None:
+        if self._started or self._gone:
+            return
+        self._started = True
+        headers = [*STREAM_HEADERS, *self._headers()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._last_sent = self._loop.time()
+        self._ping_timer = self._loop.call_later(self._ping_seconds, self._ping_if_silent)
+
+    async def _write(self, data: bytes, *, last: bool = False) -> None:
+        if self._gone or not self._started:
+            return
+        self._sending = True
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        finally:
+            self._sending = False
+        self._last_sent = self._loop.time()
+
+    async def _fail(self, failure: GatewayError) -> None:
+        """One error event; then the reply is left open, so that the server closes it without the last HTTP chunk."""
+        log.warning("stream failed: %s", failure.log or failure.message)
+        await self._write(sse.encode([error_body(failure)]))
+
+    def _client_left(self) -> None:
+        if not self._done:
+            self._gone = True
+            self._exchange.client_left()
+
+    def _interrupt(self) -> None:
+        """The worker has no more time. A write that waits for the client must not keep the turn from its record."""
+        self._exchange.interrupt()
+        if self._sending:
+            self._aside(self._record_beside_write())
+
+    async def _record_beside_write(self) -> None:
+        try:
+            while not self._exchange.ended:
+                await self._exchange.read()
+        except GatewayError as failure:
+            log.warning("stream cut: %s", failure.log or failure.message)
+
+    def _ping_if_silent(self) -> None:
+        silent = self._loop.time() - self._last_sent
+        if silent >= self._ping_seconds and not self._sending and not self._gone:
+            self._aside(self._write(sse.PING))
+            silent = 0
+        self._ping_timer = self._loop.call_later(max(0.01, self._ping_seconds - silent), self._ping_if_silent)
+
+    def _aside(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)

@@ -1,0 +1,501 @@
+"""One HTTP/1.1 connection: uvicorn's httptools protocol, made fit for clients that are hostile, slow or gone.
+
+A connection is always in one of these states; every one but the first two has an end that does not depend on the peer.
+
+    idle        between requests; `Config.timeout_keep_alive` ends it (a connection's first request: `head_seconds`)
+    answering   the application runs; only the application, the peer's reset or `write_seconds` without drain ends it
+    head        part of a head is here; the rest comes within `head_seconds` and `max_head` bytes
+    body        a body arrives; not longer than `body_seconds` without a byte while we are willing to read
+    leaving     our last byte is written and our side is shut; what still arrives is dropped, then the socket closes
+
+Rules:
+
+* A request that cannot be understood gets one answer, and never before the answers that are due to earlier requests.
+  If the answer to that very request has begun, the connection ends instead, and the application sees a disconnect.
+* While requests are queued behind a running one, nothing is read. A connection holds at most one read of them.
+* An offer to upgrade (h2c, websocket) is declined by answering in HTTP/1.1, as RFC 9110 section 7.8 has it.
+* Trailer fields are refused: the parser would add them to the headers that the application has already judged.
+* An application that returns before the end of its answer means it: what it wrote is sent, the closing chunk is not.
+
+Not nice, and so by nature: a client that closes its socket looks like one that only shut its sending side, until it
+resets what we write. So after an end of file the answer goes on, and `http.disconnect` comes once a chunk (or a ping)
+was written and reset: `peer_check_seconds` later at most. If nothing is written, it comes when the peer's kernel has
+forgotten the connection and resets a keep-alive probe: a good minute on Linux. Elsewhere only a failing write tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+import httptools
+from uvicorn._types import ASGI3Application, ASGISendEvent
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+__all__ = ["GatewayProtocol"]
+
+logger = logging.getLogger(__name__)
+
+Queue = deque[tuple[RequestResponseCycle, ASGI3Application]]
+
+TCP_CLOSED = 7  # TCP_CLOSE in <netinet/tcp.h>
+
+
+class Refusal(Exception):
+    """The connection's own answer to a request that never reaches the application."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+
+
+class GatewayFlow(FlowControl):
+    """Reads on only when no request is queued, and remembers since when."""
+
+    def __init__(self, transport: asyncio.Transport, queued: Queue) -> None:
+        super().__init__(transport)
+        self._queued = queued
+        self.resumed_at = 0.0
+
+    def resume_reading(self) -> None:
+        if self.read_paused and not self._queued:
+            super().resume_reading()
+            self.resumed_at = time.monotonic()
+
+
+class Outlet:
+    """What a cycle sees of the transport: it writes straight to the socket, but the protocol decides how to close."""
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
+class GatewayCycle(RequestResponseCycle):
+    """One request and its answer. Differs from uvicorn's in how it ends."""
+
+    async def run_asgi(self, app: ASGI3Application) -> None:
+        try:
+            await app(self.scope, self.receive, self.send)
+        except asyncio.CancelledError:  # the drain is over; nobody waits for this task, so it may end quietly
+            await self._fail(503, "service_unavailable_error", "unavailable", "The gateway is shutting down.")
+        except Exception:
+            logger.exception("The application failed")
+            await self._fail(500, "server_error", None, "The gateway failed while it processed the request.")
+        else:
+            if not self.response_started and not self.disconnected:
+                logger.error("The application returned without an answer")
+            await self._fail(500, "server_error", None, "The gateway had no answer to the request.")
+        finally:
+            self.on_response = lambda: None
+
+    async def _fail(self, status: int, kind: str, code: str | None, message: str) -> None:
+        """Ends an answer that the application left unfinished; does nothing after a finished one."""
+        if self.response_complete or self.disconnected:
+            return
+        if self.response_started:
+            self.transport.close()
+            return
+        body = error_body(message, kind, code)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers.append((b"connection", b"close"))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
+        # Not a coroutine itself, so that a chunk costs one call more than uvicorn's and no more.
+        if self.more_body and not self.response_started:
+            self.keep_alive = False  # the rest of the body will not be waited for, so announce the close
+        return RequestResponseCycle.send(self, message)
+
+
+class GatewayProtocol(HttpToolsProtocol):
+    flow: GatewayFlow
+
+    max_head = 64 * 1024
+    max_headers = 200
+    max_url = 16 * 1024
+    max_pipelined = 256
+    write_buffer = 64 * 1024
+    linger_bytes = 256 * 1024
+
+    head_seconds = 20.0
+    body_seconds = 30.0
+    write_seconds = 60.0
+    linger_seconds = 2.0
+    peer_check_seconds = 1.0
+    drain_grace_seconds = 0.25
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._running: RequestResponseCycle | None = None  # whose application runs; `cycle` is the one being received
+        self._in_body = False
+        self._undelivered = 0  # bytes since the parser last finished a request or handed out a piece of a body
+        self._to_discard: int | None = None  # once set, what arrives is dropped, and read up to this many bytes
+        self._last_words: bytes | None = None  # a refusal that waits for the answers before it
+        self._half_closed = False
+        self._draining = False
+        self._leaving = False
+        self._last_byte = 0.0
+        self._expected: str | None = None
+        self._input_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._write_progress: tuple[int, int] = (0, 0)
+
+    # -- the life of the connection ------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self.flow = GatewayFlow(transport, self.pipeline)
+        self._outlet = Outlet(transport, self._leave)
+        transport.set_write_buffer_limits(high=self.write_buffer)
+        self._expect("head", self.head_seconds, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        self._unset_keepalive_if_required()
+        self._stop_write_timer()
+        queued = [cycle for cycle, _ in self.pipeline]
+        for cycle in (self._running, *queued):  # uvicorn tells the last one only
+            if cycle is not None:
+                _disconnect(cycle)
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn never keeps a half-closed connection
+        """True: the transport stays open, and whatever has to be closed was closed here."""
+        self._half_closed = True
+        if self._leaving:
+            self._close()
+        elif self._last_words is not None:
+            self._watch_peer()
+        elif self._in_body or self._undelivered:
+            self._refuse(Refusal(400, "malformed_request", "The request ended before it was complete."))
+        elif self._is_answering():
+            self.cycle.keep_alive = False
+            self._watch_peer()
+        else:
+            self._close()
+        return True
+
+    def shutdown(self) -> None:
+        """The server drains: end now if idle, else after the request that is being received or answered."""
+        self._draining = True
+        if self._is_answering():
+            self.cycle.keep_alive = False
+        elif self._leaving or self._undelivered:
+            pass
+        elif self._running is None:  # freshly accepted: its request is on the way
+            self._expect("head", self.drain_grace_seconds, self._head_is_late)
+        else:
+            self._close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def _is_answering(self) -> bool:
+        running = self._running
+        return running is not None and not (running.response_complete or running.disconnected)
+
+    def _leave(self) -> None:
+        """Closes so that the client can read what was written.
+
+        Closing a socket with unread bytes in it makes the kernel send a reset, and the reset discards our answer at
+        the other end. So while more may be on the way, shut our side only, and drop what comes for a moment.
+        """
+        if self._leaving:
+            return
+        self._leaving = True
+        more = self._in_body or self.flow.read_paused or self._to_discard is not None
+        self.pipeline.clear()
+        self._last_words = None
+        if not more or self._half_closed or self.transport.is_closing():
+            self._close()
+            return
+        self._to_discard = self.linger_bytes
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._expect("end", self.linger_seconds, self._close)
+
+    def _close(self) -> None:
+        self._leaving = True
+        self._expect_nothing()
+        self._unset_keepalive_if_required()
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._start_write_timer()
+
+    # -- bytes in ------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._to_discard is not None:
+            self._to_discard -= len(data)
+            if self._to_discard <= 0:
+                self.flow.pause_reading()
+            return
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+        self._undelivered += len(data)
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as exc:
+            cause = exc.__context__
+            logger.debug("Refused: %r, %r", exc, cause)
+            known = cause if isinstance(cause, Refusal) else None
+            self._refuse(known or Refusal(400, "malformed_request", "The request is not well-formed HTTP/1.1."))
+            return
+        if self._in_body or self._undelivered or self._expected is not None:
+            self._watch_input()
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        """Replaces the parser, which takes what follows an upgrade as another protocol's, by one that does not."""
+        version = self.parser.get_http_version().encode()
+        head = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.lower().split(b",")]
+                value = b", ".join(token for token in tokens if token not in (b"upgrade", b"http2-settings"))
+            if name not in (b"upgrade", b"http2-settings"):
+                head.append(b"%s: %s\r\n" % (name, value))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return b"".join([*head, b"\r\n"])
+
+    def on_message_begin(self) -> None:
+        self._undelivered = self._undelivered or 1  # the rest of a read that completed the request before
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > self.max_url:
+            raise Refusal(414, "url_too_long", f"The URL is longer than {self.max_url} bytes.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_body:
+            raise Refusal(400, "malformed_request", "Trailer fields are not accepted.")
+        if len(self.headers) >= self.max_headers:
+            raise Refusal(431, "headers_too_large", f"The request has more than {self.max_headers} headers.")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._check_head()
+        if self.parser.should_upgrade():
+            return  # comes again, see _head_without_upgrade
+        if len(self.pipeline) >= self.max_pipelined:
+            raise Refusal(400, "too_many_requests_queued", "Too many requests were sent before the first answer.")
+        super().on_headers_complete()
+        self._in_body = True
+        if self._draining:
+            self.cycle.keep_alive = False
+
+    def _check_head(self) -> None:
+        """What the parser lets pass and two readers of the same bytes could understand differently."""
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        hosts = codings = 0
+        size = len(method) + len(self.url) + len("  HTTP/1.1\r\n\r\n")
+        for name, value in self.headers:
+            size += len(name) + len(value) + 4
+            if name == b"host":
+                hosts += 1
+            elif name == b"transfer-encoding":
+                codings += 1
+                if value.lower() != b"chunked" or version != "1.1":
+                    raise Refusal(400, "malformed_request", "The transfer encoding is not supported.")
+        if size > self.max_head:
+            raise self._head_too_large()
+        if version not in ("1.1", "1.0") or method == b"CONNECT":
+            raise Refusal(400, "malformed_request", "Only HTTP/1.1 requests to this server are answered.")
+        if hosts > 1 or codings > 1 or (hosts == 0 and version == "1.1"):
+            raise Refusal(400, "malformed_request", "The request must have exactly one Host header.")
+
+    def on_body(self, body: bytes) -> None:
+        self._undelivered = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._undelivered = 0
+        self._in_body = False
+        super().on_message_complete()
+
+    # -- deadlines and refusals ----------------------------------------------------------------------------------
+
+    def _watch_input(self) -> None:
+        """Looks at what the parser has not delivered yet: its size, and what has to come next in time."""
+        if self._undelivered > self.max_head:
+            self._refuse(self._head_too_large())
+        elif self._in_body:
+            self._last_byte = time.monotonic()
+            if self._expected != "body":
+                self._expect("body", self.body_seconds, self._body_is_late)
+        elif self._undelivered:
+            if self._expected != "head":
+                self._expect("head", self.head_seconds, self._head_is_late)
+        else:
+            self._expect_nothing()
+
+    def _expect(self, what: str, seconds: float, missed: Callable[[], None]) -> None:
+        self._expect_nothing()
+        self._expected = what
+        self._input_timer = self.loop.call_later(seconds, missed)
+
+    def _expect_nothing(self) -> None:
+        self._expected = None
+        if self._input_timer is not None:
+            self._input_timer.cancel()
+            self._input_timer = None
+
+    def _head_is_late(self) -> None:
+        if self._undelivered:
+            self._refuse(Refusal(408, "request_timeout", "The request's head did not arrive in time."))
+        else:
+            self._close()
+
+    def _body_is_late(self) -> None:
+        wait = self.body_seconds
+        if not self.flow.read_paused:
+            wait -= time.monotonic() - max(self._last_byte, self.flow.resumed_at)
+        if wait > 0.001:
+            self._expect("body", wait, self._body_is_late)
+        else:
+            self._refuse(Refusal(408, "request_timeout", "The request's body did not arrive in time."))
+
+    def _watch_peer(self) -> None:
+        """After its end of file only a reset can tell that the client is gone, and no read reports it."""
+        if _tcp_progress(self.transport)[0] == TCP_CLOSED:
+            self.transport.abort()
+        else:
+            self._expect("reset", self.peer_check_seconds, self._watch_peer)
+
+    def _head_too_large(self) -> Refusal:
+        return Refusal(431, "headers_too_large", f"The request's head is larger than {self.max_head} bytes.")
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answers a request that will not reach the application, after the answers that are due, and leaves."""
+        self._to_discard = 0
+        self._expect_nothing()
+        self.flow.pause_reading()
+        if self._in_body and self.pipeline:
+            self.pipeline.popleft()  # not started yet
+        elif self._in_body:
+            begun = self.cycle.response_started
+            _disconnect(self.cycle)
+            if begun:
+                self._leave()
+                return
+        body = error_body(refusal.message, "invalid_request_error", refusal.code)
+        headers = [*self.server_state.default_headers, (b"content-type", b"application/json")]
+        headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        lines = [b"%s: %s\r\n" % header for header in headers]
+        self._last_words = b"".join([STATUS_LINE[refusal.status], *lines, b"\r\n", body])
+        if not self._is_answering():
+            self._say_last_words()
+        elif self._half_closed:
+            self._watch_peer()
+
+    def _say_last_words(self) -> None:
+        if self._last_words is not None and not self.transport.is_closing():
+            self.transport.write(self._last_words)
+        self._leave()
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        # uvicorn has no seam for the class of its cycles; every one of them passes here before it runs.
+        cycle.__class__ = GatewayCycle
+        cycle.transport = cast(asyncio.Transport, self._outlet)
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        if self._leaving:
+            return
+        if self._last_words is not None and not self.pipeline:
+            self._say_last_words()
+        elif self._in_body and not self.pipeline:
+            self._leave()  # answered without waiting for the body, so what comes next is not a request
+        else:
+            super().on_response_complete()
+            if self._undelivered:
+                self._unset_keepalive_if_required()  # not idle: the head that is half here has its own deadline
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():  # what a closing transport still holds stays on the clock
+            self._stop_write_timer()
+
+    def _start_write_timer(self) -> None:
+        self._stop_write_timer()
+        self._write_progress = self._progress()
+        self._write_timer = self.loop.call_later(self.write_seconds, self._write_is_late)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _write_is_late(self) -> None:
+        if self._progress() != self._write_progress:
+            self._start_write_timer()  # slow, but reading
+        else:
+            logger.info("A client read nothing for %g s; its connection is closed", self.write_seconds)
+            self.transport.abort()
+
+    def _progress(self) -> tuple[int, int]:
+        return self.transport.get_write_buffer_size(), _tcp_progress(self.transport)[1]
+
+
+def _disconnect(cycle: RequestResponseCycle) -> None:
+    if not cycle.response_complete:
+        cycle.disconnected = True
+        cycle.message_event.set()
+
+
+def _tcp_progress(transport: asyncio.Transport) -> tuple[int, int]:
+    """The connection's TCP state and how many of our bytes the peer has acknowledged; zeros where not known."""
+    if not hasattr(socket, "TCP_INFO"):
+        return 0, 0
+    try:
+        # struct tcp_info of Linux: the state is its first byte, tcpi_bytes_acked lies at 120.
+        info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    except OSError:
+        return 0, 0
+    return info[0], struct.unpack_from("=Q", info, 120)[0] if len(info) >= 128 else 0
+
+
+def error_body(message: str, kind: str, code: str | None) -> bytes:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()

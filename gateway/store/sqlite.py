@@ -1,0 +1,304 @@
+"""SQLite through the standard library, on threads of its own.
+
+Rules:
+
+- One thread writes and one reads, each with its own connection: in WAL mode a read does not wait for a commit's fsync.
+- A `fetch` or a `write` is one job for its thread. A job that has begun runs to its end, whoever stops waiting for it.
+- A write begins with BEGIN IMMEDIATE, so it waits for other processes at its start (`BUSY_TIMEOUT`) and never later.
+- `$1` is bound by name, from the mapping {"1": value}.
+- sqlite3's exceptions end here, by SQLite's own code: the row is at fault (`RowRejected`) or the database is
+  (`DatabaseUnavailable`). Any other is a mistake in our SQL and flies as it is.
+- After an error of the file or the disk the connection is closed; the next job opens another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from gateway.errors import DatabaseUnavailable
+from gateway.store.database import AlreadyThere, Row, RowRejected, Step, Transaction, Value
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT = 10.0
+
+CHECKED_BYTES = 256 << 20
+"""A file up to this size is checked as a whole when it is opened (about half a second); damage in a larger one shows
+when it is read."""
+
+WRITER = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
+READER = ("PRAGMA query_only = ON",)
+
+DUPLICATE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_ROWID}
+DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL}
+BROKEN = DAMAGED | {
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_READONLY,
+}
+UNAVAILABLE = BUSY | BROKEN | {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT}
+
+
+class SqliteDatabase:
+    dialect: Literal["postgres", "sqlite"] = "sqlite"
+    migration_lock: str | None = None
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: _Thread | None = None
+        self._reader: _Thread | None = None
+        self._writing = asyncio.Lock()
+        """Held by a `write` or a `transaction`, for a transaction leaves the thread between its statements."""
+
+    async def open(self) -> None:
+        if self._writer is not None:
+            return
+        writer, reader = _Thread(self._path, WRITER), _Thread(self._path, READER)
+        try:
+            await asyncio.to_thread(_create, self._path)
+            await writer.run(_prove_writable)
+            await reader.run(_prove_sound)
+        except BaseException:
+            await asyncio.gather(writer.close(), reader.close())
+            raise
+        self._writer, self._reader = writer, reader
+
+    async def close(self) -> None:
+        writer, reader = self._writer, self._reader
+        self._writer = self._reader = None
+        if writer is None or reader is None:
+            return
+        with suppress(DatabaseUnavailable):
+            async with self._turn():
+                pass
+        await asyncio.gather(writer.close(), reader.close())
+
+    async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:
+        return await _opened(self._reader).run(lambda connection: _patiently(connection, sql, args))
+
+    async def write(self, steps: Sequence[Step]) -> None:
+        work = [(sql, rows) for sql, rows in steps if rows]
+        if not work:
+            return
+        writer = _opened(self._writer)
+        async with self._turn():
+            await writer.run(lambda connection: _commit(connection, work))
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        writer = _opened(self._writer)
+        async with self._turn():
+            transaction = _Transaction(writer)
+            try:
+                await writer.run(_begin)
+                yield transaction
+                await transaction.execute("COMMIT")
+            except BaseException:
+                await asyncio.shield(writer.start(_roll_back))
+                raise
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(BUSY_TIMEOUT):
+                await self._writing.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable("another transaction of this process did not end in time") from None
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+
+class _Transaction:
+    """Once a statement has failed all others fail, the commit too, as they do in PostgreSQL."""
+
+    def __init__(self, writer: _Thread) -> None:
+        self._writer = writer
+        self._failure: BaseException | None = None
+
+    async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return await self._writer.run(lambda connection: _fetch(connection, sql, args))
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    async def execute(self, sql: str, *args: Value) -> None:
+        await self.fetch(sql, *args)
+
+
+class _Thread:
+    """A thread and the connection that only it touches. Jobs run in the order in which they came."""
+
+    def __init__(self, path: Path, settings: Sequence[str]) -> None:
+        self._path = path
+        self._settings = settings
+        self._connection: sqlite3.Connection | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+
+    async def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        return await self.start(job)
+
+    def start(self, job: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
+        try:
+            return asyncio.wrap_future(self._executor.submit(self._run, job))
+        except RuntimeError:  # the executor is shut down
+            raise DatabaseUnavailable("the database is closed") from None
+
+    async def close(self) -> None:
+        closing = asyncio.wrap_future(self._executor.submit(self._disconnect))
+        self._executor.shutdown(wait=False)
+        await asyncio.shield(closing)
+
+    def _run(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        with _mapped(self._path):
+            if self._connection is None:
+                self._connection = _connect(self._path, self._settings)
+            try:
+                return job(self._connection)
+            except sqlite3.Error as error:
+                if _kind(error) in BROKEN:
+                    self._disconnect()
+                raise
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _opened(thread: _Thread | None) -> _Thread:
+    if thread is None:
+        raise DatabaseUnavailable("the database is not open")
+    return thread
+
+
+# What follows runs on a thread.
+
+
+def _create(path: Path) -> None:
+    with _mapped(path), suppress(FileExistsError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600, exist_ok=False)  # SQLite gives its -wal and -shm the same mode
+
+
+def _connect(path: Path, settings: Sequence[str]) -> sqlite3.Connection:
+    # mode=rw, so that a file that has gone is an error and not a new, empty database.
+    uri = path.absolute().as_uri() + "?mode=rw"
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, cached_statements=256)
+    connection.row_factory = sqlite3.Row
+    try:
+        for statement in settings:
+            _patiently(connection, statement)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prove_writable(connection: sqlite3.Connection) -> None:
+    if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        raise DatabaseUnavailable("SQLite cannot use WAL mode for this file. Is it on a network file system?")
+    _begin(connection)
+    _roll_back(connection)
+
+
+def _prove_sound(connection: sqlite3.Connection) -> None:
+    pages, size = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+    if pages * size <= CHECKED_BYTES:
+        found = str(_patiently(connection, "PRAGMA quick_check(1)")[0][0])
+        if found != "ok":
+            raise _Damaged(found)
+
+
+def _commit(connection: sqlite3.Connection, work: Sequence[Step]) -> None:
+    _begin(connection)
+    try:
+        for sql, rows in work:
+            if len(rows) == 1:
+                connection.execute(sql, _named(rows[0]))
+            else:
+                connection.executemany(sql, map(_named, rows))
+        connection.execute("COMMIT")
+    except BaseException:
+        _roll_back(connection)
+        raise
+
+
+def _begin(connection: sqlite3.Connection) -> None:
+    _patiently(connection, "BEGIN IMMEDIATE")
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    if connection.in_transaction:  # SQLite ends it by itself when the disk is full
+        connection.execute("ROLLBACK")
+
+
+def _patiently(connection: sqlite3.Connection, sql: str, args: Sequence[Value] = ()) -> list[sqlite3.Row]:
+    """Waits for other processes also where SQLite's own busy_timeout does not: recovery, the switch to WAL mode."""
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            return _fetch(connection, sql, args)
+        except sqlite3.OperationalError as error:
+            if _kind(error) not in BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(random.uniform(0.001, 0.02))
+
+
+def _fetch(connection: sqlite3.Connection, sql: str, args: Sequence[Value]) -> list[sqlite3.Row]:
+    return connection.execute(sql, _named(args)).fetchall()
+
+
+def _named(args: Sequence[Value]) -> dict[str, Value]:
+    return {str(place): value for place, value in enumerate(args, 1)}
+
+
+class _Damaged(sqlite3.DatabaseError):
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError, OverflowError, UnicodeEncodeError) as error:
+        ours = _translated(error, path)
+        if ours is error:
+            raise
+        raise ours from error
+
+
+def _translated(error: Exception, path: Path) -> Exception:
+    said = f"{path}: {error}"
+    if isinstance(error, OSError):
+        return DatabaseUnavailable(said)
+    if getattr(error, "sqlite_errorcode", None) in DUPLICATE:
+        return AlreadyThere(str(error))
+    if isinstance(error, (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeEncodeError)):
+        return RowRejected(str(error))
+    if _kind(error) in DAMAGED:
+        return DatabaseUnavailable(
+            f"{said}. Restore a backup, or save what can be read: sqlite3 {path} .recover | sqlite3 recovered.db"
+        )
+    return DatabaseUnavailable(said) if _kind(error) in UNAVAILABLE else error
+
+
+def _kind(error: Exception) -> int | None:
+    """SQLite's primary result code; the higher bits say more."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF

@@ -1,0 +1,81 @@
+"""Usage rows: one for each call to an upstream, written once, never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from typing import Literal
+
+from gateway.store.database import Database, Row, Step
+
+Status = Literal["ok", "error", "client_disconnected", "interrupted"]
+Grouping = Literal["model", "user", "key", "day"]
+
+
+@dataclass(slots=True)
+class UsageRow:
+    """The columns of `usage_rows`, in their order. Flags are 0 or 1, times milliseconds, money nano-dollars."""
+
+    id: str
+    request_id: str
+    attempt: int
+    created_at: int
+    user_id: str
+    key_id: str | None
+    end_user: str | None
+    session_id: str | None
+    conversation_id: str | None
+    backend: str
+    model: str
+    upstream_model: str
+    input_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    audio_input_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    audio_output_tokens: int
+    counted_by: Literal["upstream", "gateway"]
+    price: str | None
+    price_unknown: int
+    cost_nanousd: int | None
+    charged: int
+    status: Status
+    finish_reason: str | None
+    stream: int
+    ended_by: str | None
+    ttft_ms: int | None
+    duration_ms: int
+
+
+_COLUMNS = [column.name for column in fields(UsageRow)]
+# Plain on purpose, without ON CONFLICT: a turn that is written twice must fail as a whole, totals included.
+_INSERT = "INSERT INTO usage_rows ({}) VALUES ({})".format(
+    ", ".join(_COLUMNS), ", ".join(f"${index}" for index in range(1, len(_COLUMNS) + 1))
+)
+
+_GROUPS: dict[Grouping, str] = {
+    "model": "model",
+    "user": "user_id",
+    "key": "COALESCE(key_id, '')",
+    "day": "created_at / 86400000",
+}
+
+
+def insert(rows: Iterable[UsageRow]) -> Step:
+    return _INSERT, [astuple(row) for row in rows]
+
+
+async def summary(database: Database, by: Grouping, *, user_id: str | None, since: int | None) -> list[Row]:
+    """Calls, tokens and cost by model, user, key or UTC day; biggest cost first, days in order."""
+    order = "1" if by == "day" else "5 DESC, 1"
+    sql = f"""
+        SELECT {_GROUPS[by]} AS what, COUNT(*) AS calls, CAST(SUM(input_tokens) AS BIGINT) AS input_tokens,
+            CAST(SUM(output_tokens) AS BIGINT) AS output_tokens,
+            CAST(COALESCE(SUM(cost_nanousd), 0) AS BIGINT) AS cost_nanousd,
+            CAST(SUM(price_unknown) AS BIGINT) AS price_unknown
+        FROM usage_rows
+        WHERE (CAST($1 AS TEXT) IS NULL OR user_id = $1) AND created_at >= $2
+        GROUP BY {_GROUPS[by]}
+        ORDER BY {order}"""
+    return list(await database.fetch(sql, user_id, since or 0))

@@ -1,0 +1,111 @@
+"""The chunks of a stream put together again: the message that a client saw, for the record.
+
+Deltas are merged the way the SDKs do it: strings are concatenated, tool calls by their `index`, lists extended, the
+rest overwritten. Fields nobody here knows are kept by the same rules.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NEVER_JOINED = frozenset({"role", "id", "type", "name"})
+
+
+class Assembler:
+    """Collects the deltas of each choice; `message` gives the assistant message as OpenAI would have sent it whole."""
+
+    def __init__(self) -> None:
+        self._text: dict[int, list[str]] = {}
+        self._rest: dict[int, dict[str, Any]] = {}
+        self.finish_reasons: dict[int, str] = {}
+        self.characters = 0
+
+    def add(self, choices: list[Any]) -> None:
+        for choice in choices:
+            if not isinstance(choice, dict):
+                continue
+            index = choice.get("index") or 0
+            delta = choice.get("delta")
+            if isinstance(delta, dict):
+                self._merge(index, delta)
+            reason = choice.get("finish_reason")
+            if isinstance(reason, str) and reason:
+                self.finish_reasons[index] = reason
+
+    def _merge(self, index: int, delta: dict[str, Any]) -> None:
+        for key, value in delta.items():
+            if key == "content" and isinstance(value, str):
+                self._text.setdefault(index, []).append(value)
+                self.characters += len(value)
+            elif value is not None and key != "role":
+                self.characters += _merge_into(self._rest.setdefault(index, {}), key, value)
+
+    def message(self, index: int = 0) -> dict[str, Any]:
+        parts = self._text.get(index)
+        message: dict[str, Any] = {"role": "assistant", "content": None if parts is None else "".join(parts)}
+        message.update(self._rest.get(index, {}))
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            message["tool_calls"] = [_without_index(call) for call in calls]
+            message["content"] = message["content"] or None
+        joined: dict[str, Any] = _join_surrogates(message)
+        return joined
+
+    @property
+    def indexes(self) -> list[int]:
+        return sorted({*self._text, *self._rest, *self.finish_reasons})
+
+
+def _merge_into(target: dict[str, Any], key: str, value: Any) -> int:
+    """Merges one field of a delta; returns how many characters of text it brought."""
+    old = target.get(key)
+    if key == "tool_calls" and isinstance(value, list):
+        return _merge_calls(target.setdefault("tool_calls", []), value)
+    if isinstance(value, dict) and isinstance(old, dict):
+        return sum(_merge_into(old, inner, item) for inner, item in value.items() if item is not None)
+    if isinstance(value, list) and isinstance(old, list):
+        old.extend(value)
+        return 0
+    if isinstance(value, str) and isinstance(old, str) and key not in _NEVER_JOINED:
+        target[key] = old + value
+    else:
+        target[key] = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value
+    return len(value) if isinstance(value, str) and key not in _NEVER_JOINED else 0
+
+
+def _merge_calls(calls: list[Any], pieces: list[Any]) -> int:
+    count = 0
+    for piece in pieces:
+        if not isinstance(piece, dict):
+            continue
+        index = piece.get("index")
+        call = next((known for known in calls if known.get("index") == index), None)
+        if call is None:
+            call = {"index": index}
+            calls.append(call)
+        for key, value in piece.items():
+            if key == "function" and isinstance(value, dict):
+                function = call.setdefault("function", {})
+                count += sum(_merge_into(function, inner, item) for inner, item in value.items() if item is not None)
+            elif key != "index" and value is not None:
+                count += _merge_into(call, key, value)
+    return count
+
+
+def _without_index(call: Any) -> Any:
+    return {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
+
+
+def _join_surrogates(value: Any) -> Any:
+    """A pair that two deltas tore apart becomes its character again; one that stays alone stays as it is."""
+    if isinstance(value, str):
+        if _SURROGATE.search(value) is None:
+            return value
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    if isinstance(value, dict):
+        return {key: _join_surrogates(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_join_surrogates(item) for item in value]
+    return value

@@ -1,0 +1,229 @@
+"""The canonical exchange: OpenAI's chat JSON, kept as the bytes that came, read only where somebody looks.
+
+A field that the gateway does not know rides along. A request is changed by splicing (`wire.splice`), so what was not
+changed stays as it was, to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.errors import BadRequest
+from gateway.wire import splice
+from gateway.wire.jsontext import dumps, loads, numbers_out_of_range
+
+Message = dict[str, Any]
+
+_MOST_TOKENS = 10**9
+_TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+
+
+class ChatRequest:
+    """A request to `/chat/completions`: `raw` as received, `data` as parsed; both describe the same object."""
+
+    __slots__ = ("data", "raw")
+
+    def __init__(self, raw: bytes, data: dict[str, Any]) -> None:
+        self.raw = raw
+        self.data = data
+
+    @classmethod
+    def parse(cls, raw: bytes) -> ChatRequest:
+        """Checks what the gateway acts on; everything else is the upstream's to judge. Raises BadRequest."""
+        try:
+            data = loads(raw)
+        except ValueError as failure:
+            raise BadRequest(f"The body is not valid JSON: {failure}.", code="invalid_json") from None
+        if not isinstance(data, dict):
+            raise BadRequest("The body must be a JSON object.", code="invalid_json")
+        bad = numbers_out_of_range(raw)
+        if bad is not None:
+            raise BadRequest(f"The number at '{bad}' is out of range.", param=bad, code="invalid_value")
+        _check(data)
+        gone = [key for key in _TOKEN_LIMITS if data.get(key) is not None and data[key] <= 0]
+        request = cls(raw, data)
+        return request.with_fields(**dict.fromkeys(gone)) if gone else request
+
+    def with_fields(self, **changes: bytes | None) -> ChatRequest:
+        """A request with top-level members set to JSON texts, or taken out (None)."""
+        data = {**self.data, **{key: loads(text) for key, text in changes.items() if text is not None}}
+        for key, text in changes.items():
+            if text is None:
+                data.pop(key, None)
+        return ChatRequest(splice.edit(self.raw, self.data, changes), data)
+
+    def with_history(self, stored: Sequence[bytes]) -> ChatRequest:
+        """The same request with stored messages (JSON texts) before its own."""
+        if not stored:
+            return self
+        own = [self.raw[place.value : place.end] for place in splice.members(self.raw) if place.key == "messages"]
+        inner = own[0][1:-1] if len(own) == 1 else b",".join(dumps(message) for message in self.messages)
+        return self.with_fields(messages=b"[" + b",".join((*stored, inner)) + b"]")
+
+    @property
+    def model(self) -> str | None:
+        model: str | None = self.data.get("model")
+        return model
+
+    @property
+    def messages(self) -> list[Message]:
+        messages: list[Message] = self.data["messages"]
+        return messages
+
+    @property
+    def stream(self) -> bool:
+        return self.data.get("stream") is True
+
+    @property
+    def choice_count(self) -> int:
+        return self.data.get("n") or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """Did the client ask for the usage chunk of a stream?"""
+        options = self.data.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+    def asking_for_usage(self) -> ChatRequest:
+        """The same streamed request, with usage asked for."""
+        if self.wants_usage:
+            return self
+        options = {**(self.data.get("stream_options") or {}), "include_usage": True}
+        return self.with_fields(stream_options=dumps(options))
+
+
+def _check(data: Mapping[str, Any]) -> None:
+    messages = data.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("'messages' must be an array with at least one message.", param="messages")
+    for index, message in enumerate(messages):
+        _check_message(message, f"messages[{index}]")
+    for key, kind, words in (
+        ("model", str, "a string"),
+        ("stream", bool, "true or false"),
+        ("stream_options", dict, "an object"),
+        ("conversation_id", str, "a string"),
+        ("user", str, "a string"),
+        ("safety_identifier", str, "a string"),
+        ("tools", list, "an array"),
+    ):
+        if data.get(key) is not None and not isinstance(data[key], kind):
+            raise BadRequest(f"'{key}' must be {words}.", param=key, code="invalid_type")
+    for key in (*_TOKEN_LIMITS, "n", "top_logprobs"):
+        value = data.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or abs(value) > _MOST_TOKENS):
+            raise BadRequest(f"'{key}' must be a whole number.", param=key, code="invalid_type")
+    if not 1 <= (1 if data.get("n") is None else data["n"]) <= 128:
+        raise BadRequest("'n' must be between 1 and 128.", param="n", code="invalid_value")
+
+
+def _check_message(message: object, path: str) -> None:
+    if not isinstance(message, dict):
+        raise BadRequest(f"'{path}' must be an object.", param=path, code="invalid_type")
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise BadRequest(f"'{path}.role' must be a string such as 'user'.", param=f"{path}.role")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise BadRequest(f"'{path}.content' must be a string or an array of parts.", param=f"{path}.content")
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            where = f"{path}.content[{index}]"
+            raise BadRequest(f"'{where}' must be an object with a 'type'.", param=where)
+
+
+class Chunk:
+    """One chunk of a stream: `raw` JSON bytes or parsed `data`, each made from the other on first use."""
+
+    __slots__ = ("_data", "_raw")
+
+    def __init__(self, raw: bytes | None = None, data: dict[str, Any] | None = None) -> None:
+        self._raw = raw
+        self._data = data
+
+    @property
+    def raw(self) -> bytes:
+        if self._raw is None:
+            self._raw = dumps(self._data)
+        return self._raw
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Raises ValueError if the bytes are no JSON object."""
+        if self._data is None:
+            data = loads(self._raw or b"")
+            if not isinstance(data, dict):
+                raise ValueError("it is not a JSON object")
+            self._data = data
+        return self._data
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole reply: the upstream's bytes and what they parse to."""
+
+    raw: bytes
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. The details are parts of the two totals, never beside them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    audio_input_tokens: int = 0
+    reasoning_tokens: int = 0
+    audio_output_tokens: int = 0
+
+    @classmethod
+    def read(cls, data: object) -> Usage | None:
+        """From OpenAI's `usage` object; None if its totals are missing or cannot be true."""
+        if not isinstance(data, dict):
+            return None
+        prompt, completion = _count(data.get("prompt_tokens")), _count(data.get("completion_tokens", 0))
+        if prompt is None or completion is None:
+            return None
+        inside, outside = data.get("prompt_tokens_details"), data.get("completion_tokens_details")
+        cached = _part(inside, "cached_tokens", prompt) or _part(data, "prompt_cache_hit_tokens", prompt)
+        return cls(
+            input_tokens=prompt,
+            output_tokens=completion,
+            cached_tokens=cached,
+            cache_write_tokens=_part(inside, "cache_write_tokens", prompt - cached),
+            audio_input_tokens=_part(inside, "audio_tokens", prompt),
+            reasoning_tokens=_part(outside, "reasoning_tokens", completion),
+            audio_output_tokens=_part(outside, "audio_tokens", completion),
+        )
+
+    def to_openai(self) -> dict[str, Any]:
+        """The `usage` object for a reply whose upstream sent none."""
+        return {
+            "prompt_tokens": self.input_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": self.input_tokens + self.output_tokens,
+        }
+
+
+def _count(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_TOKENS:
+        return None
+    return value
+
+
+def _part(details: object, key: str, most: int) -> int:
+    return min(_count(details.get(key)) or 0, most) if isinstance(details, dict) else 0
+
+
+def text_of(content: object) -> str:
+    """The text of a message's content: the string, or its text parts joined by line ends."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))

@@ -1,0 +1,94 @@
+"""JSON text in and out: orjson, and the standard library for the little that orjson refuses.
+
+What orjson refuses and we keep: lone surrogates written as escapes (an upstream that cuts an emoji in half must not
+kill a stream). What we refuse as well: NaN, infinities, numbers that no double holds, text that is not UTF-8.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import orjson
+
+_LONG_NUMBER = re.compile(rb"[0-9]{19}|[0-9][eE]-?[0-9]{3}")
+_LARGEST = 2**63
+
+
+def loads(raw: bytes) -> Any:
+    """The value, or ValueError with a sentence that names line and column."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as failure:
+        if b"\\ud" not in raw and b"\\uD" not in raw:
+            raise ValueError(_plain(failure)) from None
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as failure:
+        raise ValueError(_plain(failure)) from None
+
+
+def dumps(value: Any) -> bytes:
+    """Compact JSON. A lone surrogate leaves as an escape, U+0000 always does."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def numbers_out_of_range(raw: bytes) -> str | None:
+    """The path of the first number that a 64-bit integer or a double cannot hold (`a.b[0]`), or None.
+
+    orjson turns such integers into floats without a word; a gateway that counts must not.
+    """
+    if _LONG_NUMBER.search(raw) is None:
+        return None
+    try:
+        data = json.loads(raw, parse_int=_checked_int, parse_float=_checked_float)
+    except (ValueError, RecursionError):
+        return None
+    return _path_of_bad(data, "")
+
+
+class _OutOfRange:
+    """Stands where the number was."""
+
+
+def _checked_int(text: str) -> object:
+    return int(text) if len(text) < 30 and -_LARGEST <= int(text) < 2 * _LARGEST else _OutOfRange()
+
+
+def _checked_float(text: str) -> object:
+    number = float(text)
+    underflow = number == 0.0 and re.search(r"[1-9]", text.lower().partition("e")[0]) is not None
+    return _OutOfRange() if math.isinf(number) or underflow else number
+
+
+def _path_of_bad(value: object, path: str) -> str | None:
+    if isinstance(value, _OutOfRange):
+        return path or "body"
+    inside: list[tuple[str, object]] = []
+    if isinstance(value, dict):
+        inside = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list):
+        inside = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    return next((found for where, item in inside if (found := _path_of_bad(item, where))), None)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+def _plain(failure: ValueError) -> str:
+    return str(failure).rstrip(".")

@@ -1,0 +1,108 @@
+"""Changes to the top level of a JSON object that leave all its other bytes as they were.
+
+Re-encoding a foreign object loses what the decoder did not keep: spacing, `1.0` against `1`, integers beyond 64 bits,
+doubled keys. So members are cut out and put in as text. The caller has parsed the object already; what it parsed is
+what these functions trust.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gateway.wire.jsontext import dumps, loads
+
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
+_OPEN = frozenset(b"{[")
+_CLOSE = frozenset(b"}]")
+_SPACE = b" \t\r\n"
+
+
+class Member(NamedTuple):
+    """Where a member of the object stands: its key from `start`, its value from `value` to `end`."""
+
+    key: str
+    start: int
+    value: int
+    end: int
+
+
+def members(raw: bytes) -> list[Member]:
+    """The members of the object that `raw` holds, in order, doubled keys included."""
+    found: list[Member] = []
+    depth = 0
+    key_at: tuple[str, int] | None = None
+    value_at = -1
+    for token in _TOKEN.finditer(raw):
+        first = raw[token.start()]
+        if first in _OPEN:
+            depth += 1
+        elif first in _CLOSE or first == 0x2C:
+            if depth == 1 and key_at is not None and value_at >= 0:
+                found.append(_member(raw, key_at, value_at, token.start()))
+                key_at, value_at = None, -1
+            depth -= first in _CLOSE
+        elif depth == 1 and first == 0x3A and value_at < 0:
+            value_at = token.end()
+        elif depth == 1 and first == 0x22 and key_at is None:
+            key_at = (loads(token.group()), token.start())
+    return found
+
+
+def _member(raw: bytes, key_at: tuple[str, int], value_at: int, stop: int) -> Member:
+    text = raw[value_at:stop]
+    return Member(
+        key_at[0], key_at[1], value_at + len(text) - len(text.lstrip(_SPACE)), value_at + len(text.rstrip(_SPACE))
+    )
+
+
+def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, bytes | None]) -> bytes:
+    """`raw` with members set to the given JSON texts, or taken out (None).
+
+    `data` is what `raw` parses to. New members go to the end. An object with a doubled key among the changed ones is
+    written anew from `data`, so that nobody downstream can read another value than we did.
+    """
+    replaced = {key: text for key, text in changes.items() if key in data}
+    added = {key: text for key, text in changes.items() if key not in data and text is not None}
+    if replaced:
+        raw = _edit_members(raw, data, replaced)
+        if len(replaced) == len(data) and not any(replaced.values()):
+            data = {}
+    if not added:
+        return raw
+    tail = b",".join(dumps(key) + b":" + text for key, text in added.items())
+    close = raw.rindex(b"}")
+    return b"".join((raw[:close].rstrip(_SPACE), b"," if data else b"", tail, raw[close:]))
+
+
+def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, bytes | None]) -> bytes:
+    places = members(raw)
+    keys = [place.key for place in places]
+    if any(keys.count(key) != 1 for key in changes):
+        kept = {key: dumps(value) for key, value in data.items()}
+        kept.update({key: text for key, text in changes.items() if text is not None})
+        gone = {key for key, text in changes.items() if text is None}
+        return b"{" + b",".join(dumps(key) + b":" + text for key, text in kept.items() if key not in gone) + b"}"
+    out: list[bytes] = []
+    at = 0
+    for index, place in enumerate(places):
+        if place.key not in changes:
+            continue
+        text = changes[place.key]
+        if text is not None:
+            out += (raw[at : place.value], text)
+            at = place.end
+        elif index + 1 < len(places):
+            out.append(raw[at : place.start])
+            at = places[index + 1].start
+        else:
+            out.append(_without_last_comma(b"".join((*out, raw[at : place.start]))))
+            del out[:-1]
+            at = place.end
+    return b"".join((*out, raw[at:]))
+
+
+def _without_last_comma(text: bytes) -> bytes:
+    bare = text.rstrip(_SPACE)
+    return bare[:-1] if bare.endswith(b",") else text
