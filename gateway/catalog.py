@@ -23,7 +23,7 @@ log = logging.getLogger("gateway.catalog")
 
 OnDisconnect = Literal["drain", "cancel"]
 REFRESH_SECONDS = 300
-RETRY_SECONDS = 15
+RETRY_SECONDS = (1, 2, 5, 15)
 FIRST_ANSWER_SECONDS = 5
 CREATED = 1_767_225_600
 """For models whose upstream says no date: 2026-01-01, so that all workers say the same."""
@@ -180,14 +180,19 @@ class Catalog:
         if provider.static:
             provider.asked.set()
             return
+        failures = 0
         while True:
             pause: float = REFRESH_SECONDS
             try:
                 provider.listed = {info.id: info for info in await provider.backend.models()}
             except UpstreamError as failure:
                 log.warning("%s does not list its models: %s", provider.backend.name, failure.log or failure.message)
-                pause = RETRY_SECONDS
+                pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]
+                failures += 1
             except Exception:
                 log.exception("%s: asking for its models failed", provider.backend.name)
+            else:
+                failures = 0
+                log.info("%s lists %d models", provider.backend.name, len(provider.listed))
             provider.asked.set()
             await asyncio.sleep(pause * random.uniform(0.9, 1.1))

@@ -79,6 +79,7 @@ class Talk:
             title=_title(self.asked) if self.is_new else None,
             at=at,
             messages=stored,
+            is_named=_OWN_ID.fullmatch(self.id) is None,
             tokens_input=input_tokens,
             tokens_output=output_tokens,
             cost_nanousd=cost_nanousd,

@@ -71,7 +71,9 @@ class Ledger:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         for turn in self._waiting:
-            log.error("turn not recorded: %s", _figures(turn))
+            if turn.durable is not None and not turn.durable.done():
+                log.error("turn not recorded: %s", _figures(turn))
+                _settle(turn, NotRecorded(log="the gateway ends and the database takes nothing"))
 
     async def record(self, turn: Turn) -> None:
         """Returns once the turn is durable. Raises NotRecorded."""
@@ -137,6 +139,8 @@ class Ledger:
         steps: list[Step] = [usage.insert(row for turn in batch for row in turn.usage)]
         steps += conversations.save(turns)
         steps.append(sessions.add_totals(_session_totals(turns)))
+        named = [turn for turn in turns if turn.is_new and turn.is_named]
+        steps.append(sessions.count_named((turn.session_id, turn.pk) for turn in named if turn.session_id is not None))
         await self._database.write(steps)
 
     async def _give_sessions(self, batch: Sequence[Turn]) -> None:
@@ -171,7 +175,7 @@ def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
         if turn.session_id is None:
             continue
         total = totals.setdefault(turn.session_id, SessionTotals(turn.session_id))
-        total.conversations += turn.is_new
+        total.conversations += turn.is_new and not turn.is_named
         total.tokens += turn.tokens_input + turn.tokens_output
         total.cost_nanousd += turn.cost_nanousd
         total.last_activity = max(total.last_activity, turn.at)

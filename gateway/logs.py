@@ -51,6 +51,7 @@ def configure(kind: Format, level: str) -> None:
     root.handlers = [handler]
     root.setLevel(level.upper())
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # its reconnecting: our own lines say what is down
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
 
 

@@ -193,7 +193,8 @@ class GatewayServer(uvicorn.Server):
         return True
 
     async def _cancel_all(self) -> None:
-        logger.error("%d requests did not end in time and are cancelled", len(self.server_state.tasks))
+        requests, connections = len(self.server_state.tasks), len(self.server_state.connections)
+        logger.error("Not ended in time, and cut off: %d requests, %d connections", requests, connections)
         for task in list(self.server_state.tasks):
             task.cancel("the drain is over")
         await self._all_done(self.cancel_seconds, self.hurried_cancel_seconds)
@@ -239,7 +240,7 @@ class GatewayWorker(Process):
     def alive(self) -> bool:
         return self.process.is_alive()
 
-    def listen(self) -> bool:
+    def has_reported(self) -> bool:
         """Whether the worker has said, by now, that it is ready."""
         with contextlib.suppress(EOFError, OSError):
             if self.parent_conn.poll():
@@ -263,7 +264,7 @@ class GatewaySupervisor(Multiprocess):
 
     tick_seconds = 0.2
     first_retry_seconds = 0.5
-    last_retry_seconds = 30.0
+    last_retry_seconds = 3.0
     kill_after_seconds = 15.0  # more than what a worker takes after its drain: cut, cancel and lifespan
     hurried_kill_after_seconds = 2.8
 
@@ -318,13 +319,15 @@ class GatewaySupervisor(Multiprocess):
         signs += [worker.parent_conn for worker in everyone if not worker.ready]
         connection.wait(signs, self.tick_seconds)
         for worker in everyone:
-            if not worker.ready and worker.listen():
+            if not worker.ready and worker.has_reported():
                 self._failures = 0
                 if not self._served and self.on_started is not None:
                     self.on_started()
                 self._served = True
 
     def keep_subprocess_alive(self) -> None:
+        if self.should_exit.is_set():
+            return
         self._leaving = [worker for worker in self._leaving if worker.alive]
         for worker in [worker for worker in self.processes if not worker.alive]:
             self.processes.remove(worker)
@@ -333,11 +336,12 @@ class GatewaySupervisor(Multiprocess):
                 logger.error("No worker could start, so the gateway ends")
                 self.exit_code = STARTUP_FAILURE
                 self.should_exit.set()
-            elif not worker.ready:
+                return
+            if not worker.ready:
                 self._failures += 1
                 pause = self.first_retry_seconds * 2 ** min(self._failures, 10)
                 self._not_before = time.monotonic() + min(pause, self.last_retry_seconds)
-        if not self.should_exit.is_set() and time.monotonic() >= self._not_before:
+        if time.monotonic() >= self._not_before:
             self.init_processes()
 
     def _go_on_restarting(self) -> None:

@@ -1,9 +1,9 @@
 """One HTTP/1.1 connection: uvicorn's httptools protocol, made fit for clients that are hostile, slow or gone.
 
-A connection is always in one of these states; every one but the first two has an end that does not depend on the peer.
+A connection is in one of these states, and none of them lasts longer because the peer wishes it:
 
     idle        between requests; `Config.timeout_keep_alive` ends it (a connection's first request: `head_seconds`)
-    answering   the application runs; only the application, the peer's reset or `write_seconds` without drain ends it
+    answering   the application runs, until it or a reset ends it, or what it wrote has not moved for `write_seconds`
     head        part of a head is here; the rest comes within `head_seconds` and `max_head` bytes
     body        a body arrives; not longer than `body_seconds` without a byte while we are willing to read
     leaving     our last byte is written and our side is shut; what still arrives is dropped, then the socket closes
@@ -32,11 +32,12 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
 
 import httptools
-from uvicorn._types import ASGI3Application, ASGISendEvent
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -117,11 +118,16 @@ class GatewayCycle(RequestResponseCycle):
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
-    def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
-        # Not a coroutine itself, so that a chunk costs one call more than uvicorn's and no more.
-        if self.more_body and not self.response_started:
-            self.keep_alive = False  # the rest of the body will not be waited for, so announce the close
-        return RequestResponseCycle.send(self, message)
+    @property
+    def keep_alive(self) -> bool:
+        """uvicorn asks when the answer begins and when it ends. A body that was not waited for ends the connection."""
+        if self.more_body:
+            self._keep_alive = False
+        return self._keep_alive
+
+    @keep_alive.setter
+    def keep_alive(self, keep_alive: bool) -> None:
+        self._keep_alive = keep_alive
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -234,8 +240,12 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         self._to_discard = self.linger_bytes
         self.flow.resume_reading()
-        self.transport.write_eof()
-        self._expect("end", self.linger_seconds, self._close)
+        try:
+            self.transport.write_eof()
+        except OSError:  # asyncio lets it out if the peer has reset the connection
+            self.transport.abort()
+        else:
+            self._expect("end", self.linger_seconds, self._close)
 
     def _close(self) -> None:
         self._leaving = True
@@ -304,37 +314,60 @@ class GatewayProtocol(HttpToolsProtocol):
             raise Refusal(400, "malformed_request", "Trailer fields are not accepted.")
         if len(self.headers) >= self.max_headers:
             raise Refusal(431, "headers_too_large", f"The request has more than {self.max_headers} headers.")
-        super().on_header(name, value)
+        HttpToolsProtocol.on_header(self, name, value)  # super() costs more than all of this
 
     def on_headers_complete(self) -> None:
-        self._check_head()
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        self._check_head(method, version)
         if self.parser.should_upgrade():
             return  # comes again, see _head_without_upgrade
         if len(self.pipeline) >= self.max_pipelined:
             raise Refusal(400, "too_many_requests_queued", "Too many requests were sent before the first answer.")
-        super().on_headers_complete()
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        self.scope["method"] = method.decode("ascii")
+        self.scope["http_version"] = version
+        self.scope["path"] = self.root_path + (unquote(path) if "%" in path else path)
+        self.scope["raw_path"] = self.root_path.encode("ascii") + url.path
+        self.scope["query_string"] = url.query or b""
         self._in_body = True
-        if self._draining:
-            self.cycle.keep_alive = False
+        self.cycle = self._new_cycle(version)
+        if self._is_answering():
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+        else:
+            self._start_asgi_task(self.cycle, self.app)
 
-    def _check_head(self) -> None:
+    def _new_cycle(self, version: str) -> RequestResponseCycle:
+        return GatewayCycle(
+            scope=self.scope,
+            transport=self._outlet,  # type: ignore[arg-type]  # it has what a cycle uses of a transport
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version == "1.1" and not self._draining and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+
+    def _check_head(self, method: bytes, version: str) -> None:
         """What the parser lets pass and two readers of the same bytes could understand differently."""
-        method, version = self.parser.get_method(), self.parser.get_http_version()
-        hosts = codings = 0
+        hosts = 0
         size = len(method) + len(self.url) + len("  HTTP/1.1\r\n\r\n")
         for name, value in self.headers:
             size += len(name) + len(value) + 4
             if name == b"host":
                 hosts += 1
-            elif name == b"transfer-encoding":
-                codings += 1
-                if value.lower() != b"chunked" or version != "1.1":
-                    raise Refusal(400, "malformed_request", "The transfer encoding is not supported.")
+            elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version != "1.1"):
+                raise Refusal(400, "malformed_request", "The transfer encoding is not supported.")
         if size > self.max_head:
             raise self._head_too_large()
         if version not in ("1.1", "1.0") or method == b"CONNECT":
             raise Refusal(400, "malformed_request", "Only HTTP/1.1 requests to this server are answered.")
-        if hosts > 1 or codings > 1 or (hosts == 0 and version == "1.1"):
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise Refusal(400, "malformed_request", "The request must have exactly one Host header.")
 
     def on_body(self, body: bytes) -> None:
@@ -431,9 +464,6 @@ class GatewayProtocol(HttpToolsProtocol):
     # -- answers -------------------------------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        # uvicorn has no seam for the class of its cycles; every one of them passes here before it runs.
-        cycle.__class__ = GatewayCycle
-        cycle.transport = cast(asyncio.Transport, self._outlet)
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 

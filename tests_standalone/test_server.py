@@ -168,9 +168,9 @@ def read_answer(sock: socket.socket) -> tuple[int, bytes]:
 
 def eventually(holds: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + PATIENCE
-    while not holds() and time.monotonic() < deadline:
+    while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return holds()
+    return held
 
 
 def reset_by_peer(sock: socket.socket) -> bool:
@@ -564,7 +564,7 @@ def test_100_pipelined_requests_are_answered_in_order(server: Running) -> None:
 
 
 def test_more_pipelined_requests_than_are_held_end_the_connection(server: Running) -> None:
-    got = statuses(server.ask(b"GET /busy?0.01 HTTP/1.1\r\nHost: here\r\n\r\n" * 400))
+    got = statuses(server.ask(GET * 400))
     assert got == [200] * (len(got) - 1) + [400]
     assert len(got) == 1 + 256 + 1
 

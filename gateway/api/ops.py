@@ -9,8 +9,8 @@ from typing import Any
 from starlette.routing import BaseRoute, Route
 
 from gateway import __version__
-from gateway.api.common import Services, identify, services
-from gateway.errors import DatabaseUnavailable, GatewayError
+from gateway.api.common import Services, peer, services
+from gateway.errors import DatabaseUnavailable
 from gateway.responses import Receive, Scope, Send, send_json
 from gateway.store import keys
 from gateway.wire.jsontext import dumps
@@ -39,7 +39,7 @@ class Live:
 
 
 class Ready:
-    """200 only if the database answers and the gateway is not draining; causes only for those with a key."""
+    """200 only if the database answers and the gateway is not draining; causes only for the configured admin key."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = services(scope)
@@ -48,7 +48,7 @@ class Ready:
         ready = cause is None and not found.drain.stopping
         status = "ok" if ready else "draining" if found.drain.stopping else "unavailable"
         body: dict[str, Any] = {"status": status, "checks": checks}
-        if cause is not None and await _is_known(scope):
+        if cause is not None and found.auth.is_configured_admin(peer(scope)):
             body["details"] = {"database": cause}
         await send_json(send, 200 if ready else 503, dumps(body), () if ready else [(b"retry-after", b"2")])
 
@@ -85,10 +85,3 @@ async def _database_trouble(found: Services) -> str | None:
     except DatabaseUnavailable as failure:
         return failure.cause
     return None
-
-
-async def _is_known(scope: Scope) -> bool:
-    try:
-        return (await identify(scope)).is_admin
-    except GatewayError:
-        return False

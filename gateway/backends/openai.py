@@ -77,10 +77,10 @@ class OpenAIDecoder:
         self.complete = False
 
     def feed(self, piece: bytes) -> list[Chunk]:
-        return self._chunks(self._events.feed(piece))
+        return [] if self.complete else self._chunks(self._events.feed(piece))
 
     def flush(self) -> list[Chunk]:
-        return self._chunks(self._events.flush())
+        return [] if self.complete else self._chunks(self._events.flush())
 
     def _chunks(self, payloads: list[bytes]) -> list[Chunk]:
         chunks: list[Chunk] = []

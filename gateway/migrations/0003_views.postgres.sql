@@ -20,11 +20,14 @@ SELECT id, number, user_id, session_id, parent_id, to_timestamp(created_at / 100
     deleted_at IS NOT NULL AS is_deleted
 FROM conversations;
 
--- Text is shown as text unless it holds an escape that PostgreSQL cannot (U+0000 or a lone surrogate): then as JSON.
+-- Text is shown as text, unless it holds an escape that PostgreSQL cannot store: U+0000 or half a surrogate pair. Then it
+-- stays JSON. To find one, leave out escaped backslashes first, then whole pairs.
 CREATE VIEW messages_view AS
 SELECT m.id, c.id AS conversation_id, m.seq, m.role,
     CASE WHEN m.content = 'null' THEN NULL
-        WHEN m.content NOT LIKE '"%' OR m.content ~ '(^|[^\\])(\\\\)*\\u(0000|[dD][89abAB])' THEN m.content
+        WHEN m.content NOT LIKE '"%' THEN m.content
+        WHEN regexp_replace(replace(m.content, '\\', ''), '\\u[dD][89abAB]..\\u[dD][c-fC-F]..', '', 'g')
+            ~ '\\u(0000|[dD][89a-fA-F])' THEN m.content
         ELSE m.content::json #>> '{}' END AS content,
     m.tokens, m.cost_nanousd / 1000000000.0 AS cost_usd, m.model, m.finish_reason,
     to_timestamp(m.created_at / 1000.0) AS created_at

@@ -22,12 +22,15 @@ SELECT id, number, user_id, session_id, parent_id,
     deleted_at IS NOT NULL AS is_deleted
 FROM conversations;
 
--- Text is shown as text unless it holds an escape that cannot be shown (U+0000 or a lone surrogate): then as JSON.
+-- Text is shown as text, unless it holds an escape that cannot be shown: U+0000 or half a surrogate pair. Then it stays
+-- JSON. U+0000 is looked for with escaped backslashes left out. Half a pair is read as U+FFFD by GLOB.
 CREATE VIEW messages_view AS
 SELECT m.id, c.id AS conversation_id, m.seq, m.role,
     CASE WHEN m.content = 'null' THEN NULL
-        WHEN m.content LIKE '"%' AND instr(m.content, '\u0000') = 0 AND m.content NOT GLOB '*\u[dD][89abAB]*'
-        THEN json_extract(m.content, '$') ELSE m.content END AS content,
+        WHEN m.content NOT LIKE '"%' OR NOT json_valid(m.content) THEN m.content
+        WHEN instr(replace(m.content, '\\', ''), '\u0000') > 0 THEN m.content
+        WHEN json_extract(m.content, '$') GLOB '*' || char(65533) || '*' THEN m.content
+        ELSE json_extract(m.content, '$') END AS content,
     m.tokens, m.cost_nanousd / 1000000000.0 AS cost_usd, m.model, m.finish_reason,
     strftime('%Y-%m-%dT%H:%M:%fZ', m.created_at / 1000.0, 'unixepoch') AS created_at
 FROM messages m JOIN conversations c ON c.pk = m.conversation_pk;

@@ -23,7 +23,8 @@ _CREATE = """
         total_tokens_input, total_tokens_output, total_cost_nanousd, title)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $7, $8, $9, $10, $11, $12)
     ON CONFLICT (user_id, id) WHERE deleted_at IS NULL DO UPDATE SET
-        last_used = excluded.last_used,
+        last_used = CASE WHEN conversations.last_used < excluded.last_used THEN excluded.last_used
+            ELSE conversations.last_used END,
         message_count = conversations.message_count + excluded.message_count,
         total_tokens_input = conversations.total_tokens_input + excluded.total_tokens_input,
         total_tokens_output = conversations.total_tokens_output + excluded.total_tokens_output,
@@ -74,7 +75,10 @@ class StoredConversation:
 
 @dataclass(slots=True)
 class ConversationTurn:
-    """What one turn adds to a conversation; it makes the conversation if `is_new`."""
+    """What one turn adds to a conversation; it makes the conversation if `is_new`.
+
+    `is_named`: under a name that somebody chose, so that others may be making it at the same time.
+    """
 
     pk: str
     id: str
@@ -86,6 +90,7 @@ class ConversationTurn:
     title: str | None
     at: int
     messages: Sequence[StoredMessage]
+    is_named: bool = False
     tokens_input: int = 0
     tokens_output: int = 0
     cost_nanousd: int = 0

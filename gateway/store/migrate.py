@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import random
 import re
 import time
@@ -82,7 +83,7 @@ class Migration:
     @property
     def statements(self) -> list[str]:
         ends = [0, *(token.end() for token in TOKEN.finditer(self.sql) if token["end"]), len(self.sql)]
-        pieces = (self.sql[start:end].strip() for start, end in zip(ends, ends[1:], strict=False))
+        pieces = (self.sql[start:end].strip() for start, end in itertools.pairwise(ends))
         return [piece for piece in pieces if COMMENTS.sub("", piece).strip()]
 
 

@@ -143,7 +143,7 @@ class PostgresDatabase:
     async def transaction(self) -> AsyncIterator[Transaction]:
         timer = asyncio.timeout(self.WRITE_TIMEOUT)
         async with self._connection(timer) as connection:
-            transaction = _Transaction(connection, timer)
+            transaction = _Transaction(connection, timer, self.WRITE_TIMEOUT)
             await transaction.execute("BEGIN")
             yield transaction
             await transaction.execute("COMMIT")
@@ -175,10 +175,10 @@ class PostgresDatabase:
 class _Transaction:
     """Once a statement has failed all others fail, the commit too, so that no half of a transaction remains."""
 
-    def __init__(self, connection: Connection, timer: asyncio.Timeout) -> None:
+    def __init__(self, connection: Connection, timer: asyncio.Timeout, limit: float) -> None:
         self._connection = connection
         self._timer = timer
-        self._limit = PostgresDatabase.WRITE_TIMEOUT
+        self._limit = limit
         self._failure: BaseException | None = None
 
     async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:

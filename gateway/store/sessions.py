@@ -22,6 +22,11 @@ _ADD = """
         last_activity = CASE WHEN last_activity < $5 THEN $5 ELSE last_activity END
     WHERE id = $1"""
 
+# Of those that make a conversation under one name at once, only one finds its own `pk` in the table.
+_COUNT_NAMED = """
+    UPDATE sessions SET conversation_count = conversation_count + 1
+    WHERE id = $1 AND EXISTS (SELECT 1 FROM conversations WHERE pk = $2)"""
+
 
 @dataclass(slots=True)
 class SessionTotals:
@@ -50,3 +55,8 @@ def add_totals(totals: Iterable[SessionTotals]) -> Step:
     return _ADD, [
         (total.id, total.conversations, total.tokens, total.cost_nanousd, total.last_activity) for total in ordered
     ]
+
+
+def count_named(made: Iterable[tuple[str, str]]) -> Step:
+    """Counts conversations that were to be made under a name: (session, pk), after they were saved."""
+    return _COUNT_NAMED, sorted(made)

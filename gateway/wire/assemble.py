@@ -1,7 +1,7 @@
 """The chunks of a stream put together again: the message that a client saw, for the record.
 
 Deltas are merged the way the SDKs do it: strings are concatenated, tool calls by their `index`, lists extended, the
-rest overwritten. Fields nobody here knows are kept by the same rules.
+rest overwritten; null is absent. Fields nobody here knows are kept by the same rules. Deltas are left as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Assembler:
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
-            index = choice.get("index") or 0
+            index = choice.get("index")
+            index = index if isinstance(index, int) else 0
             delta = choice.get("delta")
             if isinstance(delta, dict):
                 self._merge(index, delta)
@@ -35,17 +36,21 @@ class Assembler:
                 self.finish_reasons[index] = reason
 
     def _merge(self, index: int, delta: dict[str, Any]) -> None:
+        rest = self._rest.setdefault(index, {})
         for key, value in delta.items():
             if key == "content" and isinstance(value, str):
                 self._text.setdefault(index, []).append(value)
                 self.characters += len(value)
-            elif value is not None and key != "role":
-                self.characters += _merge_into(self._rest.setdefault(index, {}), key, value)
+            elif key != "role":
+                self.characters += _merge_into(rest, key, value)
 
     def message(self, index: int = 0) -> dict[str, Any]:
         parts = self._text.get(index)
-        message: dict[str, Any] = {"role": "assistant", "content": None if parts is None else "".join(parts)}
+        text = None if parts is None else "".join(parts)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
         message.update(self._rest.get(index, {}))
+        if text and isinstance(message["content"], list):  # Mistral: thinking as parts, then the answer as strings
+            message["content"] = [*message["content"], {"type": "text", "text": text}]
         calls = message.get("tool_calls")
         if isinstance(calls, list):
             message["tool_calls"] = [_without_index(call) for call in calls]
@@ -61,18 +66,20 @@ class Assembler:
 def _merge_into(target: dict[str, Any], key: str, value: Any) -> int:
     """Merges one field of a delta; returns how many characters of text it brought."""
     old = target.get(key)
-    if key == "tool_calls" and isinstance(value, list):
-        return _merge_calls(target.setdefault("tool_calls", []), value)
-    if isinstance(value, dict) and isinstance(old, dict):
-        return sum(_merge_into(old, inner, item) for inner, item in value.items() if item is not None)
-    if isinstance(value, list) and isinstance(old, list):
-        old.extend(value)
-        return 0
-    if isinstance(value, str) and isinstance(old, str) and key not in _NEVER_JOINED:
-        target[key] = old + value
-    else:
-        target[key] = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value
-    return len(value) if isinstance(value, str) and key not in _NEVER_JOINED else 0
+    if isinstance(value, dict):
+        inside = target[key] = old if isinstance(old, dict) else {}
+        return sum(_merge_into(inside, inner, item) for inner, item in value.items())
+    if isinstance(value, list):
+        items = target[key] = old if isinstance(old, list) else []
+        if key == "tool_calls":
+            return _merge_calls(items, value)
+        items.extend(value)
+    elif isinstance(value, str) and key not in _NEVER_JOINED:
+        target[key] = old + value if isinstance(old, str) else value
+        return len(value)
+    elif value is not None:
+        target[key] = value
+    return 0
 
 
 def _merge_calls(calls: list[Any], pieces: list[Any]) -> int:
@@ -80,18 +87,20 @@ def _merge_calls(calls: list[Any], pieces: list[Any]) -> int:
     for piece in pieces:
         if not isinstance(piece, dict):
             continue
-        index = piece.get("index")
-        call = next((known for known in calls if known.get("index") == index), None)
+        call = _call_of(calls, piece)
         if call is None:
-            call = {"index": index}
+            call = {"index": piece.get("index")}
             calls.append(call)
-        for key, value in piece.items():
-            if key == "function" and isinstance(value, dict):
-                function = call.setdefault("function", {})
-                count += sum(_merge_into(function, inner, item) for inner, item in value.items() if item is not None)
-            elif key != "index" and value is not None:
-                count += _merge_into(call, key, value)
+        count += sum(_merge_into(call, key, value) for key, value in piece.items() if key != "index")
     return count
+
+
+def _call_of(calls: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
+    """By its index. Where an upstream leaves that out, an id opens a call and what has none belongs to the last."""
+    key = "index" if piece.get("index") is not None else "id"
+    if piece.get(key) is None:
+        return calls[-1] if calls else None
+    return next((known for known in calls if known.get(key) == piece[key]), None)
 
 
 def _without_index(call: Any) -> Any:

@@ -35,12 +35,11 @@ class ChatRequest:
         try:
             data = loads(raw)
         except ValueError as failure:
+            _check_numbers(raw)
             raise BadRequest(f"The body is not valid JSON: {failure}.", code="invalid_json") from None
         if not isinstance(data, dict):
             raise BadRequest("The body must be a JSON object.", code="invalid_json")
-        bad = numbers_out_of_range(raw)
-        if bad is not None:
-            raise BadRequest(f"The number at '{bad}' is out of range.", param=bad, code="invalid_value")
+        _check_numbers(raw)
         _check(data)
         gone = [key for key in _TOKEN_LIMITS if data.get(key) is not None and data[key] <= 0]
         request = cls(raw, data)
@@ -92,6 +91,12 @@ class ChatRequest:
             return self
         options = {**(self.data.get("stream_options") or {}), "include_usage": True}
         return self.with_fields(stream_options=dumps(options))
+
+
+def _check_numbers(raw: bytes) -> None:
+    bad = numbers_out_of_range(raw)
+    if bad is not None:
+        raise BadRequest(f"The number at '{bad}' is out of range.", param=bad, code="invalid_value")
 
 
 def _check(data: Mapping[str, Any]) -> None:
@@ -171,7 +176,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. The details are parts of the two totals, never beside them."""
+    """Token counts. The details are parts of the two totals, never beside them, and no token is in two of them."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -191,14 +196,16 @@ class Usage:
             return None
         inside, outside = data.get("prompt_tokens_details"), data.get("completion_tokens_details")
         cached = _part(inside, "cached_tokens", prompt) or _part(data, "prompt_cache_hit_tokens", prompt)
+        written = _part(inside, "cache_write_tokens", prompt - cached)
+        reasoning = _part(outside, "reasoning_tokens", completion)
         return cls(
             input_tokens=prompt,
             output_tokens=completion,
             cached_tokens=cached,
-            cache_write_tokens=_part(inside, "cache_write_tokens", prompt - cached),
-            audio_input_tokens=_part(inside, "audio_tokens", prompt),
-            reasoning_tokens=_part(outside, "reasoning_tokens", completion),
-            audio_output_tokens=_part(outside, "audio_tokens", completion),
+            cache_write_tokens=written,
+            audio_input_tokens=_part(inside, "audio_tokens", prompt - cached - written),
+            reasoning_tokens=reasoning,
+            audio_output_tokens=_part(outside, "audio_tokens", completion - reasoning),
         )
 
     def to_openai(self) -> dict[str, Any]:

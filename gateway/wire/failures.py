@@ -1,7 +1,8 @@
 """An upstream's error bodies, in all the shapes that are about, as our client shall see them.
 
-Shapes: `{"error": {...}}`, `{"error": "text"}`, a flat object with `message` or `detail`, or no JSON at all. The
-client's own mistakes pass with the upstream's words; what only the operator can mend keeps its words for the log.
+Shapes: `{"error": {...}}`, `{"error": "text"}`, a flat object with `message` or `detail`, any of them in an array
+(Gemini), or no JSON at all. The client's own mistakes pass with the upstream's words; what only the operator can mend
+keeps its words for the log.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def streamed_error(error: object) -> UpstreamError:
     """An error that came inside a reply of status 200. A `code` that is an HTTP status is taken as one."""
     message, fields = _read_error(error)
     code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, str) and code.isdigit():
+    if isinstance(code, str) and len(code) == 3 and code.isdecimal():
         code = int(code)
     if isinstance(code, int) and 400 <= code <= 599:
         failure = error_from(error, code, {})
@@ -76,7 +77,11 @@ def _operators_fault(status: int, own_words: dict[str, Any]) -> UpstreamError:
 
 
 def _read_error(data: object) -> tuple[str, dict[str, str | None]]:
-    error = data.get("error", data) if isinstance(data, dict) else data
+    if isinstance(data, list) and data:
+        data = data[0]
+    error = data.get("error") if isinstance(data, dict) else data
+    if not isinstance(error, (str, dict)):
+        error = data
     if isinstance(error, str):
         return error[:_MOST_WORDS], {}
     if not isinstance(error, dict):

@@ -1,7 +1,8 @@
 """JSON text in and out: orjson, and the standard library for the little that orjson refuses.
 
 What orjson refuses and we keep: lone surrogates written as escapes (an upstream that cuts an emoji in half must not
-kill a stream). What we refuse as well: NaN, infinities, numbers that no double holds, text that is not UTF-8.
+kill a stream). What we refuse as well: NaN, infinities, numbers that no double holds, text that is not UTF-8, and
+nesting deeper than `MAX_DEPTH`: orjson reads deeper than it writes, and a value that cannot be stored is none.
 """
 
 from __future__ import annotations
@@ -13,23 +14,47 @@ from typing import Any
 
 import orjson
 
-_LONG_NUMBER = re.compile(rb"[0-9]{19}|[0-9][eE]-?[0-9]{3}")
+MAX_DEPTH = 200
+_ODD_NUMBER = re.compile(rb"[0-9]{19}|[0-9][eE][+-]?[0-9]{3}|NaN|Infinity")
 _LARGEST = 2**63
+_MOST_DIGITS = 308
 
 
 def loads(raw: bytes) -> Any:
     """The value, or ValueError with a sentence that names line and column."""
     try:
-        return orjson.loads(raw)
+        value = orjson.loads(raw)
     except orjson.JSONDecodeError as failure:
         if b"\\ud" not in raw and b"\\uD" not in raw:
             raise ValueError(_plain(failure)) from None
+        value = _loads_surrogates(raw)
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _loads_surrogates(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(
+            raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_printable_int
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as failure:
         raise ValueError(_plain(failure)) from None
+
+
+def _deeper_than(value: object, most: int) -> bool:
+    """Level by level: a recursion would need the depth that this guards against."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(item, (dict, list))
+        ]
+    return bool(level)
 
 
 def dumps(value: Any) -> bytes:
@@ -43,15 +68,18 @@ def dumps(value: Any) -> bytes:
 def numbers_out_of_range(raw: bytes) -> str | None:
     """The path of the first number that a 64-bit integer or a double cannot hold (`a.b[0]`), or None.
 
-    orjson turns such integers into floats without a word; a gateway that counts must not.
+    orjson turns such integers into floats without a word; a gateway that counts must not. Also for texts that `loads`
+    refused because of such a number: it knows the column only.
     """
-    if _LONG_NUMBER.search(raw) is None:
+    if _ODD_NUMBER.search(raw) is None:
         return None
     try:
-        data = json.loads(raw, parse_int=_checked_int, parse_float=_checked_float)
+        data = json.loads(
+            raw, parse_int=_checked_int, parse_float=_checked_float, parse_constant=lambda _: _OutOfRange()
+        )
+        return _path_of_bad(data, "")
     except (ValueError, RecursionError):
         return None
-    return _path_of_bad(data, "")
 
 
 class _OutOfRange:
@@ -88,6 +116,12 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError("a number is too large")
     return number
+
+
+def _printable_int(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError("a number is too large")
+    return int(text)
 
 
 def _plain(failure: ValueError) -> str:

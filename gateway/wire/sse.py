@@ -42,7 +42,7 @@ class SSEDecoder:
     def flush(self) -> list[bytes]:
         """The event that was complete but for its blank line, when the stream has ended."""
         rest = b"".join(self._parts).strip()
-        if rest == b"data: " + DONE:
+        if rest in (b"data: " + DONE, b"data:" + DONE):
             self._line(rest)
         self._parts = []
         return self._dispatch()
@@ -97,10 +97,10 @@ class SSEDecoder:
         if len(line) > self._max:
             raise WireError(f"an event line is longer than {self._max} bytes")
         if line == b"data":
-            self._data.append(b"")
-        elif line.startswith(b"data:"):
+            line = b"data:"
+        if line.startswith(b"data:"):
             value = line[6:] if line.startswith(b"data: ") else line[5:]
-            self._size += len(value)
+            self._size += len(value) + 1
             if self._size > self._max:
                 raise WireError(f"an event is longer than {self._max} bytes")
             self._data.append(value)

@@ -3,7 +3,8 @@
 Rules (contract, section 4). Not asked for usage: each `usage: null` that we caused is taken out, and the last choice's
 `finish_reason` chunk is held until the turn is durable; it then carries `usage` with `cost`, `timings` and
 `conversation_id`. Asked: the usage chunk is the held one. All other chunks leave as they came. Chunks with an empty
-`choices` array that nobody asked for are dropped. Usage appears once, `[DONE]` once.
+`choices` array that nobody asked for are dropped. Usage appears once: where an upstream sends it on other chunks too,
+it is null there. `[DONE]` appears once. An upstream that never says why it ended gets a `finish_reason` chunk from us.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class ChatStream:
             raise StreamedError(data.get("error") or data)
         choices = data.get("choices")
         usage = data.get("usage")
-        if isinstance(usage, dict):
-            self._usage_data = usage
-            self.usage = Usage.read(usage) or self.usage
+        told = Usage.read(usage)
+        if told is not None:
+            self._usage_data, self.usage = usage, told
         if "timings" in data:
             self.timings = data["timings"]
         if not isinstance(choices, list) or not choices:
@@ -78,8 +79,8 @@ class ChatStream:
 
     def _pass(self, chunk: Chunk, choices: list[Any], usage: object, leaving: list[bytes]) -> None:
         if self._wants_usage:
-            finishing = isinstance(usage, dict) and any(_finish_reason(choice) for choice in choices)
-            leaving.append(splice.edit(chunk.raw, chunk.data, {"usage": b"null"}) if finishing else chunk.raw)
+            told = isinstance(usage, dict)
+            leaving.append(splice.edit(chunk.raw, chunk.data, {"usage": b"null"}) if told else chunk.raw)
             return
         if self._held is not None:
             leaving.append(self._clean(self._held))
@@ -93,7 +94,7 @@ class ChatStream:
     def _clean(chunk: Chunk) -> bytes:
         if "usage" not in chunk.data:
             return chunk.raw
-        if chunk.data["usage"] is None:
+        if chunk.data["usage"] is None and chunk.raw.count(b'"usage"') == 1:
             return _NULL_USAGE.sub(b"", chunk.raw, count=1)
         return splice.edit(chunk.raw, chunk.data, {"usage": None})
 
@@ -113,23 +114,22 @@ class ChatStream:
 
     def end(self, usage: Usage, cost: object, extra: Mapping[str, Any]) -> bytes:
         """The held chunk with usage, cost and `extra` members in it, then `[DONE]`."""
-        counted = dict(self._usage_data) if self._usage_data is not None and self.usage else usage.to_openai()
-        counted["cost"] = cost
-        chunk = self._held or self._made_up_chunk()
-        changes = {"usage": dumps(counted), **{key: dumps(value) for key, value in extra.items()}}
-        last = splice.edit(chunk.raw, chunk.data, changes)
-        return sse.encode([last, sse.DONE])
-
-    def _made_up_chunk(self) -> Chunk:
-        """For an upstream that sent no chunk that could be held: one in its own name."""
-        if self._wants_usage:
-            return Chunk(data={**self._name(), "choices": []})
+        counted = {**usage.to_openai(), **(self._usage_data or {}), "cost": cost}
         reason = self.finish_reason or self.assumed_finish_reason
-        return Chunk(data={**self._name(), "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+        finish = self._made_up_chunk([{"index": 0, "delta": {}, "finish_reason": reason}])
+        chunk = self._held or (self._made_up_chunk([]) if self._wants_usage else finish)
+        changes = {"usage": dumps(counted), **{key: dumps(value) for key, value in extra.items()}}
+        if not isinstance(chunk.data.get("choices"), list):
+            changes["choices"] = b"[]"
+        leaving = [splice.edit(chunk.raw, chunk.data, changes), sse.DONE]
+        if self._wants_usage and not self.answer.finish_reasons:
+            leaving.insert(0, finish.raw)
+        return sse.encode(leaving)
 
-    def _name(self) -> dict[str, Any]:
+    def _made_up_chunk(self, choices: list[Any]) -> Chunk:
+        """For an upstream that never sent it: a chunk in its own name."""
         name: dict[str, Any] = {key: self._last[key] for key in ("id", "created", "model") if key in self._last}
-        return name | {"object": "chat.completion.chunk"}
+        return Chunk(data={**name, "object": "chat.completion.chunk", "choices": choices})
 
 
 def _finish_reason(choice: object) -> str | None:

@@ -6,41 +6,49 @@ A folder's conftest.py imports the fixtures it needs; however many do, one Postg
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import TypeVar
 
 import pytest
 
-from gateway.store.database import Database
-from gateway.store.postgres import PostgresDatabase
-from gateway.store.sqlite import SqliteDatabase
 from tests_standalone.support.postgres import Postgres, launch
+
+T = TypeVar("T")
 
 
 @functools.cache
 def running_postgres() -> Postgres:
-    """Ends with the test run."""
     return launch()
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """The PostgreSQL that all tests share: take a database in it, leave the server alone."""
-    server = running_postgres()
-    yield server
-    server.close()
-    running_postgres.cache_clear()
+    yield running_postgres()
+    running_postgres().close()
 
 
 @pytest.fixture
 def database_urls(tmp_path: Path, postgres: Postgres) -> dict[str, str]:
     """One empty database per engine, as `{"sqlite": url, "postgres": url}`."""
-    return {"sqlite": f"sqlite:///{tmp_path / 'gateway.db'}", "postgres": postgres.create_database()}
+    return {"sqlite": sqlite_url(tmp_path), "postgres": postgres.create_database()}
 
 
-def database_at(url: str, *, pool_size: int = 4, statement_cache: bool = True) -> Database:
-    """The driver for a URL, not yet open."""
-    scheme, _, rest = url.partition("://")
-    if scheme == "sqlite":
-        return SqliteDatabase(Path(rest.removeprefix("/")))
-    return PostgresDatabase(url, pool_size, statement_cache=statement_cache)
+def sqlite_url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'gateway.db'}"
+
+
+def in_processes(count: int, work: Callable[..., T], *args: object) -> list[T]:
+    """What `work(number, *args)` returns in that many fresh processes, which begin together. Blocks."""
+    context = multiprocessing.get_context("spawn")
+    start = (context.Barrier(count),)
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_together, initargs=start) as processes:
+        return [done.result() for done in [processes.submit(work, number, *args) for number in range(count)]]
+
+
+def _begin_together(barrier: Barrier) -> None:
+    barrier.wait()

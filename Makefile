@@ -1,0 +1,44 @@
+# What is installed where: .venv, from pyproject.toml, again whenever that changes. More for pytest: make test ARGS="-k sse"
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint
+
+help: ## what you are reading
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+run: $(VENV)/installed ## install, and start the gateway on http://127.0.0.1:8000
+	$(BIN)/gateway serve $(ARGS)
+
+test: $(VENV)/installed-test ## install what the tests need, and run all of them
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-dev ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(VENV)/installed: pyproject.toml | $(BIN)/pip
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-%: pyproject.toml | $(BIN)/pip
+	$(PIP) --editable ".[$*]"
+	@touch $@ $(VENV)/installed
+
+$(BIN)/pip:
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \
+		echo "$$python -m venv $(VENV)"; \
+		"$$python" -m venv $(VENV) && exit; \
+		rm -rf $(VENV); \
+		echo "$$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)." >&2; \
+		exit 1; \
+	done; \
+	echo "Python 3.11 or newer is needed, and none is on PATH: make run PYTHON=/path/to/python3" >&2; \
+	exit 1

@@ -1,0 +1,187 @@
+"""Upstreams' errors by example: this body and status in, this failure out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.errors import UpstreamError
+from gateway.wire.failures import error_from, streamed_error
+
+WORDS = "No such thing."
+SECRET = {"error": {"message": "Incorrect API key provided: sk-1234", "type": "auth", "code": "invalid_api_key"}}
+
+
+def fields(failure: UpstreamError) -> tuple[int, str, str | None, str | None]:
+    return failure.status, failure.type, failure.code, failure.param
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"error": {"message": WORDS}},
+            {"error": {"detail": WORDS}},
+            {"error": WORDS},
+            {"message": WORDS},
+            {"detail": WORDS},
+            {"object": "error", "message": WORDS},
+            {"error": None, "message": WORDS},
+            {"error": True, "message": WORDS},
+            [{"error": {"message": WORDS}}],
+            WORDS,
+        ],
+    )
+    def test_the_words_are_found(self, data: object) -> None:
+        failure = error_from(data, 400, {})
+        assert failure.message == WORDS
+        assert fields(failure) == (400, "invalid_request_error", None, None)
+
+    @pytest.mark.parametrize(
+        "data", [None, [], {}, 5, True, [5], {"error": {}}, {"error": []}, {"detail": [{"msg": "x"}]}]
+    )
+    def test_without_words_there_are_ours(self, data: object) -> None:
+        failure = error_from(data, 422, {})
+        assert failure.message == "The upstream refused the request with status 422."
+        assert failure.status == 422
+
+    def test_type_code_and_param_pass(self) -> None:
+        error = {"message": WORDS, "type": "t", "code": "c", "param": "messages[0].role"}
+        for data in ({"error": error}, error):
+            assert fields(error_from(data, 400, {})) == (400, "t", "c", "messages[0].role")
+
+    @pytest.mark.parametrize(
+        ("code", "read"), [(400, "400"), ("400", "400"), (None, None), ({}, None), ([], None), (1.5, "1.5")]
+    )
+    def test_a_code_is_a_string_or_null(self, code: object, read: str | None) -> None:
+        assert error_from({"error": {"message": WORDS, "code": code}}, 400, {}).code == read
+
+    def test_long_words_are_cut(self) -> None:
+        failure = error_from({"error": {"message": "x" * 10**6, "code": "c" * 10**6}}, 400, {})
+        assert len(failure.message) == 2000
+        assert len(failure.code or "") == 200
+        assert len(failure.log or "") < 300
+
+
+class TestStatuses:
+    BODY = {"error": {"message": WORDS, "type": "t", "code": "c", "param": "p"}}
+
+    @pytest.mark.parametrize("status", [400, 404, 409, 413, 415, 422])
+    def test_the_clients_own_mistakes_pass(self, status: int) -> None:
+        failure = error_from(self.BODY, status, {})
+        assert failure.message == WORDS
+        assert fields(failure) == (status, "t", "c", "p")
+
+    @pytest.mark.parametrize(("status", "what"), [(401, "key"), (402, "balance"), (403, "permissions")])
+    def test_the_operators_mistakes_are_told_to_the_log_only(self, status: int, what: str) -> None:
+        failure = error_from(SECRET, status, {})
+        assert fields(failure) == (502, "upstream_error", "upstream_error", None)
+        assert what in failure.message
+        assert "sk-1234" not in failure.message
+        assert "sk-1234" in (failure.log or "")
+
+    def test_a_rate_limit_passes_with_its_waiting_time(self) -> None:
+        headers = {"retry-after": "7", "retry-after-ms": "6500", "x-other": "1"}
+        failure = error_from(self.BODY, 429, headers)
+        assert failure.headers == {"retry-after": "7", "retry-after-ms": "6500"}
+        assert fields(failure)[:3] == (429, "t", "c")
+        assert failure.message == WORDS
+
+    def test_a_rate_limit_without_words(self) -> None:
+        failure = error_from(None, 429, {})
+        assert fields(failure) == (429, "requests", "rate_limit_exceeded", None)
+        assert failure.headers == {}
+
+    @pytest.mark.parametrize(
+        ("status", "ours", "code"),
+        [
+            (408, 504, "upstream_timeout"),
+            (504, 504, "upstream_timeout"),
+            (503, 503, "upstream_error"),
+            (529, 503, "upstream_error"),
+            (500, 502, "upstream_error"),
+            (502, 502, "upstream_error"),
+            (418, 502, "upstream_error"),
+            (301, 502, "upstream_error"),
+            (204, 502, "upstream_error"),
+        ],
+    )
+    def test_the_rest_is_the_upstreams_fault(self, status: int, ours: int, code: str) -> None:
+        failure = error_from(self.BODY, status, {})
+        assert fields(failure) == (ours, "upstream_error", code, None)
+        assert WORDS not in failure.message
+
+    @pytest.mark.parametrize("status", range(400, 530))
+    @pytest.mark.parametrize("data", [None, {"error": {"message": WORDS, "code": 5}}])
+    def test_every_status_says_what_the_upstream_said(self, status: int, data: object) -> None:
+        failure = error_from(data, status, {})
+        assert failure.upstream_status == status
+        assert 400 <= failure.status <= 504
+        assert failure.message
+        assert f"{status}" in (failure.log or "")
+
+
+class TestStreamed:
+    """Errors inside a reply of status 200."""
+
+    def test_without_a_status_it_is_the_upstreams_fault_in_its_words(self) -> None:
+        failure = streamed_error({"message": WORDS, "type": "t", "code": "c"})
+        assert failure.message == WORDS
+        assert fields(failure) == (502, "t", "c", None)
+        assert failure.upstream_status is None
+
+    @pytest.mark.parametrize("error", [WORDS, {"message": WORDS}, {"object": "error", "message": WORDS, "code": None}])
+    def test_with_words_only(self, error: object) -> None:
+        failure = streamed_error(error)
+        assert failure.message == WORDS
+        assert fields(failure) == (502, "upstream_error", "upstream_error", None)
+
+    @pytest.mark.parametrize("error", [True, 5, [], {}, {"message": 5}])
+    def test_without_words(self, error: object) -> None:
+        assert streamed_error(error).message == "The upstream reported an error."
+
+    @pytest.mark.parametrize("code", [400, "400"])
+    def test_a_code_that_is_a_status_is_taken_as_one(self, code: object) -> None:
+        failure = streamed_error({"message": WORDS, "code": code})
+        assert failure.message == WORDS
+        assert fields(failure) == (400, "invalid_request_error", "400", None)
+        assert failure.upstream_status == 400
+
+    @pytest.mark.parametrize(("code", "status"), [(429, 429), (500, 502), (502, 502), (503, 503), (504, 504)])
+    def test_the_words_stay(self, code: int, status: int) -> None:
+        failure = streamed_error({"message": WORDS, "code": code})
+        assert (failure.status, failure.message, failure.upstream_status) == (status, WORDS, code)
+
+    @pytest.mark.parametrize("code", [401, 402, 403, "401"])
+    def test_but_not_those_for_the_operator(self, code: object) -> None:
+        failure = streamed_error(SECRET["error"] | {"code": code})
+        assert failure.status == 502
+        assert "sk-1234" not in failure.message
+
+    @pytest.mark.parametrize("code", [0, 200, 399, 600, -1, "0400", "4e2", "²", "٤٠٠٠", "1" * 5000, True, 400.0, [400]])
+    def test_other_codes_are_no_status(self, code: object) -> None:
+        failure = streamed_error({"message": WORDS, "code": code})
+        assert failure.status == 502
+        assert failure.upstream_status is None
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["error", "message", "detail", "code", "type", "param"]), inner, max_size=4)
+    ),
+)
+
+
+@given(_JSON, st.integers(100, 599))
+def test_any_body_makes_a_failure_that_can_be_told(data: Any, status: int) -> None:
+    for failure in (error_from(data, status, {}), streamed_error(data)):
+        assert 400 <= failure.status <= 599
+        assert failure.message
+        assert isinstance(failure.type, str)
+        assert failure.code is None or isinstance(failure.code, str)
+        assert failure.param is None or isinstance(failure.param, str)
