@@ -33,6 +33,7 @@ ADMIN_USER = "admin"
 Headers = Sequence[tuple[bytes, bytes]]
 Mode = Literal["auto", "keys", "open"]
 
+_HOST = re.compile(r"(?:\[(?P<ip6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?")
 _FORWARDING = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|via")
 _KEY_PARAMETERS = frozenset({"api_key", "api-key", "apikey", "key", "access_token", "x-api-key", "authorization"})
 _HOW_TO = "Make one with `gateway keys create --user NAME` and send it as `Authorization: Bearer sk-...`."
@@ -64,7 +65,8 @@ class Peer:
     query: bytes = b""
 
     def values(self, name: bytes) -> list[str]:
-        return [value.decode("latin-1").strip() for key, value in self.headers if key == name]
+        found = [value.decode("utf-8", "surrogateescape") for key, value in self.headers if key == name]
+        return [value.strip() for value in found]
 
 
 def new_key() -> str:
@@ -93,7 +95,8 @@ class Auth:
         self._admission = admission
         self._mode = mode
         self._admin_digest = digest(admin_key) if admin_key else None
-        self._hosts = frozenset(host.lower() for host in allowed_hosts)
+        hosts = [host.lower() for host in allowed_hosts]
+        self._hosts = frozenset(hosts) | {host.strip("[]") for host in hosts}
         self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins if origin != "*")
         self._known: OrderedDict[str, StoredKey | None] = OrderedDict()
         self._revision = -1
@@ -205,11 +208,9 @@ def refuse_key_in_query(query: bytes) -> None:
 
 
 def _host_name(host: str) -> str:
-    """Without its port; `[::1]:8000` is `::1`."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    name, colon, port = host.rpartition(":")
-    return (name if colon and port.isdigit() else host).lower()
+    """Without its port; `[::1]:8000` is `::1`. Empty if it is no host."""
+    found = _HOST.fullmatch(host.lower())
+    return (found["ip6"] or found["name"]) if found is not None else ""
 
 
 def _is_loopback(address: str | None) -> bool:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.pricing import NANO, Price, usd
@@ -87,6 +87,7 @@ class TestRounding:
         assert price.cost(Usage(1)) == price.cost(Usage(0, 1)) == 0
         assert price.cost(Usage(1, 1)) == 1
 
+    @settings(deadline=None)
     @given(*[st.integers(0, 10**12)] * 2, *[st.integers(0, 10**9)] * 2)
     def test_as_exact_arithmetic_has_it(self, price_in: int, price_out: int, tokens_in: int, tokens_out: int) -> None:
         exact = Fraction(price_in * tokens_in + price_out * tokens_out, 10**6)

@@ -132,7 +132,7 @@ def hasty(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """With deadlines that a test can wait for."""
     if request.param == "uvloop":
         pytest.importorskip("uvloop")
-    limits = {"head_seconds": 0.3, "body_seconds": 0.3, "write_seconds": 0.5, "linger_seconds": 0.3}
+    limits = {"head_seconds": 0.3, "body_seconds": 0.7, "write_seconds": 0.5, "linger_seconds": 0.3}
     options = {"loop": request.param, "limits": limits, "keep_alive_seconds": 0.3}
     running = Running(options, tmp_path_factory.mktemp("hasty") / "log")
     yield running.listening()
@@ -379,8 +379,8 @@ def test_a_body_that_stops_gets_408_and_the_application_a_disconnect(hasty: Runn
 
 def test_a_body_that_keeps_coming_may_take_longer_than_the_deadline(hasty: Running) -> None:
     with hasty.connect() as sock:
-        sock.sendall(POST + b"Content-Length: 8\r\n\r\n")
-        for _ in range(8):
+        sock.sendall(POST + b"Content-Length: 10\r\n\r\n")
+        for _ in range(10):
             time.sleep(0.1)
             sock.sendall(b"x")
         assert read_answer(sock)[0] == 200
@@ -389,7 +389,7 @@ def test_a_body_that_keeps_coming_may_take_longer_than_the_deadline(hasty: Runni
 def test_a_body_that_we_do_not_read_is_not_late(hasty: Running) -> None:
     body = b"x" * 16_000_000
     with hasty.connect() as sock:
-        sock.sendall(b"POST /dawdle?0.9 HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        sock.sendall(b"POST /dawdle?1.5 HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         status, answer = read_answer(sock)
     assert status == 200
     assert json.loads(answer)["length"] == len(body)

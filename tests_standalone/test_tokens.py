@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.tokens import answer_characters, estimate
@@ -65,6 +65,7 @@ _JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["content", "tool_calls", "reasoning", "refusal"]), _JSON))
 def test_any_message_has_an_estimate_that_is_not_negative(message: dict[str, Any]) -> None:
     usage = estimate([message], answer_characters(message))

@@ -70,7 +70,7 @@ class SqliteDatabase:
             await writer.run(_prove_writable)
             await reader.run(_prove_sound)
         except BaseException:
-            await asyncio.gather(writer.close(), reader.close())
+            await _close(writer, reader)
             raise
         self._writer, self._reader = writer, reader
 
@@ -82,7 +82,7 @@ class SqliteDatabase:
         with suppress(DatabaseUnavailable):
             async with self._turn():
                 pass
-        await asyncio.gather(writer.close(), reader.close())
+        await _close(writer, reader)
 
     async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:
         return await _opened(self._reader).run(lambda connection: _patiently(connection, sql, args))
@@ -185,6 +185,14 @@ def _opened(thread: _Thread | None) -> _Thread:
     if thread is None:
         raise DatabaseUnavailable("the database is not open")
     return thread
+
+
+async def _close(writer: _Thread, reader: _Thread) -> None:
+    """One after the other: the last to close moves the WAL into the file, and two at once may each think it is not."""
+    try:
+        await reader.close()
+    finally:
+        await writer.close()
 
 
 # What follows runs on a thread.

@@ -1,0 +1,175 @@
+"""The OpenAI wire by example: this request out, this reply in, without a network."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gateway.backends.base import ModelInfo
+from gateway.backends.openai import OpenAIDecoder, OpenAITranslator
+from gateway.errors import UpstreamError
+from gateway.wire import WireError
+from gateway.wire.chat import ChatRequest, Chunk
+from tests_standalone.wire_samples import sample
+
+TRANSLATOR = OpenAITranslator("sk-upstream")
+REPLY = b'{"id":"c","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}]}'
+
+
+class TestRequest:
+    RAW = b'{ "model": "m", "messages": [ {"role":"user"} ], "x": 1.0 }'
+
+    def test_whole(self) -> None:
+        sent = TRANSLATOR.request(ChatRequest.parse(self.RAW))
+        assert (sent.method, sent.path, sent.body) == ("POST", "/chat/completions", self.RAW)
+        assert sent.headers == {
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+            "authorization": "Bearer sk-upstream",
+            "accept": "application/json",
+        }
+
+    def test_streamed_asks_for_usage(self) -> None:
+        raw = self.RAW.replace(b'"x": 1.0', b'"stream": true')
+        sent = TRANSLATOR.request(ChatRequest.parse(raw))
+        assert sent.body == raw.replace(b" }", b',"stream_options":{"include_usage":true}}')
+        assert sent.headers["accept"] == "text/event-stream"
+
+    def test_streamed_that_asks_already_stays(self) -> None:
+        raw = b'{"messages":[{"role":"user"}],"stream":true,"stream_options":{ "include_usage":true }}'
+        assert TRANSLATOR.request(ChatRequest.parse(raw)).body is raw
+
+    def test_not_streamed_is_not_asked(self) -> None:
+        raw = b'{"messages":[{"role":"user"}],"stream":false,"stream_options":{"include_usage":false}}'
+        assert TRANSLATOR.request(ChatRequest.parse(raw)).body is raw
+
+    def test_without_a_key(self) -> None:
+        assert "authorization" not in OpenAITranslator().request(ChatRequest.parse(self.RAW)).headers
+
+
+class TestModels:
+    def test_asked_for(self) -> None:
+        sent = TRANSLATOR.models_request()
+        assert (sent.method, sent.path, sent.body) == ("GET", "/models", None)
+        assert sent.headers["accept"] == "application/json"
+
+    @pytest.mark.parametrize(
+        ("data", "models"),
+        [
+            ([], []),
+            ([{"id": "a", "created": 5, "owned_by": "me", "object": "model", "x": 1}], [ModelInfo("a", 5, "me")]),
+            ([{"id": "org/a:8b", "created": None}, {"id": "b"}], [ModelInfo("org/a:8b"), ModelInfo("b")]),
+            ([{"id": "a", "created": "5", "owned_by": 7}], [ModelInfo("a")]),
+            ([{}, None, "a", {"id": 5}, {"id": "b"}], [ModelInfo("b")]),
+        ],
+    )
+    def test_listed(self, data: list[Any], models: list[ModelInfo]) -> None:
+        assert TRANSLATOR.models(json.dumps({"object": "list", "data": data}).encode()) == models
+
+    @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"data":{}}', b'{"data":null}'])
+    def test_no_list(self, body: bytes) -> None:
+        with pytest.raises(WireError):
+            TRANSLATOR.models(body)
+
+
+class TestCompletion:
+    def test_bytes_stay_as_they_came(self) -> None:
+        body = b' {"choices": [ {"x": 1.0} ] , "y": 1e2}\r\n'
+        completion = TRANSLATOR.completion(body)
+        assert completion.raw == body.strip()
+        assert completion.data == {"choices": [{"x": 1}], "y": 100}
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b"<html>Bad gateway</html>",
+            b"[]",
+            b"null",
+            b"{}",
+            b'{"choices":null}',
+            b'{"choices":{}}',
+            REPLY[:-1],
+            b"\xff",
+        ],
+    )
+    def test_no_reply(self, body: bytes) -> None:
+        with pytest.raises(WireError):
+            TRANSLATOR.completion(body)
+
+    @pytest.mark.parametrize(
+        ("body", "status", "message"),
+        [
+            (b'{"error":{"message":"no","code":429}}', 429, "no"),
+            (b'{"error":{"message":"no"},"choices":[]}', 502, "no"),
+            (b'{"error":"no"}', 502, "no"),
+        ],
+    )
+    def test_an_error_with_status_200(self, body: bytes, status: int, message: str) -> None:
+        with pytest.raises(UpstreamError) as caught:
+            TRANSLATOR.completion(body)
+        assert (caught.value.status, caught.value.message) == (status, message)
+
+    def test_an_error_that_is_null(self) -> None:
+        assert TRANSLATOR.completion(b'{"error":null,"choices":[]}').data["choices"] == []
+
+
+class TestError:
+    def test_by_status_and_body(self) -> None:
+        failure = TRANSLATOR.error(404, {}, b'{"error":{"message":"no such model","code":"model_not_found"}}')
+        assert (failure.status, failure.message, failure.code) == (404, "no such model", "model_not_found")
+        assert failure.upstream_status == 404
+
+    @pytest.mark.parametrize("body", [b"", b"<html>secret</html>", b"\xff", b'{"error":', b"[" * 10**5])
+    def test_a_body_that_is_no_json(self, body: bytes) -> None:
+        failure = TRANSLATOR.error(400, {}, body)
+        assert failure.message == "The upstream refused the request with status 400."
+        assert TRANSLATOR.error(500, {}, body).status == 502
+
+    def test_waiting_time(self) -> None:
+        assert TRANSLATOR.error(429, {"retry-after": "3"}, b"").headers == {"retry-after": "3"}
+
+
+def decoded(*pieces: bytes) -> tuple[list[bytes], bool]:
+    decoder = OpenAIDecoder()
+    chunks: list[Chunk] = [chunk for piece in pieces for chunk in decoder.feed(piece)]
+    return [chunk.raw for chunk in chunks + decoder.flush()], decoder.complete
+
+
+class TestDecoder:
+    @pytest.mark.parametrize(
+        ("stream", "chunks", "complete"),
+        [
+            (b'data: {"a":1}\n\ndata: {"b":2}\n\ndata: [DONE]\n\n', [b'{"a":1}', b'{"b":2}'], True),
+            (b'data: {"a":1}\n\ndata: [DONE]\n\ndata: [DONE]\n\ndata: {"b":2}\n\n', [b'{"a":1}'], True),
+            (b'data: {"a":1}\n\ndata: [DONE] \n\n', [b'{"a":1}'], True),
+            (b'data: {"a":1}\n\ndata: [DONE]', [b'{"a":1}'], True),
+            (b'data: {"a":1}\n', [b'{"a":1}'], False),
+            (b'data: {"a":1}\n\ndata: {"b"', [b'{"a":1}'], False),
+            (b'data:\n\ndata: \n\ndata: {"a":1}\n\n', [b'{"a":1}'], False),
+            (b": only a comment\n\n", [], False),
+            (b"", [], False),
+        ],
+    )
+    def test_up_to_its_end_mark(self, stream: bytes, chunks: list[bytes], complete: bool) -> None:
+        assert decoded(stream) == (chunks, complete)
+        assert decoded(*(bytes([byte]) for byte in stream)) == (chunks, complete)
+
+    @pytest.mark.parametrize("name", ["openai_text", "openai_tool_calls", "deepseek", "two_choices", "llama_cpp"])
+    def test_samples_cut_at_any_byte(self, name: str) -> None:
+        stream = sample(name)
+        whole = decoded(stream)
+        assert whole[1]
+        for cut in range(len(stream)):
+            assert decoded(stream[:cut], stream[cut:]) == whole, cut
+
+    def test_what_comes_after_the_end_may_be_anything(self) -> None:
+        decoder = OpenAIDecoder()
+        assert decoder.feed(b"data: [DONE]\n\n") == []
+        assert decoder.feed(b"x" * (2 << 20)) == decoder.flush() == []
+
+    def test_a_line_without_end(self) -> None:
+        with pytest.raises(WireError):
+            decoded(b"data: " + b"x" * (2 << 20))

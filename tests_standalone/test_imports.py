@@ -1,0 +1,187 @@
+"""The direction of imports (docs/architecture.md): who may know whom, as a table, and that the tree keeps to it.
+
+An import counts wherever it stands: at the top, in a function, under TYPE_CHECKING.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "gateway"
+
+BACKENDS = ("backends.base",)
+DIALECTS = ("api.common",)
+NOUNS = ("store.conversations", "store.files", "store.keys", "store.sessions", "store.text", "store.usage")
+CORE = (
+    *("admission", "attachments", "auth", "budgets", "catalog", "conversations", "drain", "ledger", "limits"),
+    *("metering", "pricing", "relay", "tokens"),
+)
+WEB = ("middleware", "responses")
+WIRE = ("wire", "wire.*")
+
+MAY_IMPORT: Mapping[str, Sequence[str]] = {
+    "": (),
+    "__main__": ("cli",),
+    "cli": ("*",),
+    "cli.*": ("*",),
+    "app": ("*",),
+    "errors": (),
+    "logs": WIRE,
+    "config": ("errors", "config_sources"),
+    "config_sources": ("errors",),
+    "wire": (),
+    "wire.*": ("errors", *WIRE),
+    "store.database": (),
+    "store.postgres": ("errors", "store.database"),
+    "store.sqlite": ("errors", "store.database"),
+    "store.connect": ("store.database", "store.postgres", "store.sqlite"),
+    "store.migrate": ("errors", "store.database"),
+    "store.*": ("errors", "store.database", "store.text", *WIRE),
+    "backends.base": ("errors", *WIRE),
+    "backends.transport": ("errors",),
+    "backends.http": ("errors", *WIRE, "backends.base", "backends.transport"),
+    "backends.*": ("errors", *WIRE, "backends.base", "backends.http"),
+    "blobs.*": ("errors",),
+    "extract.*": ("errors", "extract.*"),
+    "server": ("errors", "drain", "server_protocol"),
+    "server_protocol": ("errors", "drain"),
+    "middleware": ("errors", "responses", *WIRE),
+    "responses": ("errors", *WIRE, *CORE),
+    "api.*": ("", "errors", "config", *WIRE, *CORE, *WEB, *NOUNS, "store.database", *BACKENDS, *DIALECTS),
+    "store": (),
+    "backends": (),
+    "blobs": (),
+    "extract": (),
+    "api": (),
+    "*": ("errors", *WIRE, *CORE, *NOUNS, "store.database", *BACKENDS),
+}
+"""A module of the package, and the modules that it may import; the first row that fits counts. The last is the core."""
+
+
+def modules(folder: Path) -> dict[str, str]:
+    """The sources of a package, by name without the package's own: `wire.sse`; the package itself is ``."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text("utf-8")
+    return found
+
+
+def imported(module: str, source: str, known: Mapping[str, str]) -> Iterator[str]:
+    """The modules of the package that a module imports. `from gateway.store import keys` is `store.keys`."""
+    is_package = any(name.startswith(f"{module}.") for name in known) or not module
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (_own(alias.name) for alias in node.names if _is_own(alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            above = _absolute(module, is_package, node)
+            for alias in node.names if _is_own(above) else ():
+                inside = _own(f"{above}.{alias.name}")
+                yield inside if inside in known else _own(above)
+
+
+def _absolute(module: str, is_package: bool, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = [PACKAGE, *module.split(".")] if module else [PACKAGE]
+    kept = parts[: len(parts) - node.level + is_package]
+    return ".".join([*kept, node.module] if node.module else kept)
+
+
+def _is_own(name: str) -> bool:
+    return name == PACKAGE or name.startswith(f"{PACKAGE}.")
+
+
+def _own(name: str) -> str:
+    return name.removeprefix(PACKAGE).removeprefix(".")
+
+
+def rule(module: str) -> Sequence[str]:
+    return next(allowed for pattern, allowed in MAY_IMPORT.items() if fnmatchcase(module, pattern))
+
+
+def wrong(module: str, names: Iterable[str]) -> list[str]:
+    """Those imports of a module that the table does not allow."""
+    return [name for name in names if name != module and not any(fnmatchcase(name, ok) for ok in rule(module))]
+
+
+SOURCES = modules(ROOT / PACKAGE)
+IMPORTS = {module: set(imported(module, source, SOURCES)) - {module} for module, source in SOURCES.items()}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_go_in_one_direction(module: str) -> None:
+    assert wrong(module, IMPORTS[module]) == []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    assert set(TopologicalSorter(IMPORTS).static_order()) == set(SOURCES)
+
+
+def test_only_app_and_the_command_line_know_app_drivers_and_vendors() -> None:
+    vendors = {name for name in SOURCES if rule(name) is MAY_IMPORT["backends.*"]}
+
+    def known_to(name: str) -> set[str]:
+        return {module for module, names in IMPORTS.items() if name in names}
+
+    assert {"backends.openai", "backends.scripted"} <= vendors
+    assert {module for name in vendors for module in known_to(name)} == {"app"}
+    assert known_to("store.postgres") == known_to("store.sqlite") == {"store.connect"}
+    assert {module.partition(".")[0] for module in known_to("app")} == {"cli"}
+
+
+class TestTheChecker:
+    """It can fail: made-up sources in place of ours."""
+
+    @pytest.mark.parametrize(
+        ("module", "source", "name"),
+        [
+            ("wire.sse", "import gateway.relay", "relay"),
+            ("wire.sse", "import os, gateway.relay as r", "relay"),
+            ("wire.sse", "from gateway.relay import Relay", "relay"),
+            ("wire.sse", "from gateway import relay", "relay"),
+            ("wire.sse", "from .. import relay", "relay"),
+            ("wire.sse", "from ..relay import Relay", "relay"),
+            ("wire.sse", "def f():\n    from gateway.relay import Relay", "relay"),
+            ("wire.sse", "if TYPE_CHECKING:\n    from gateway.relay import Relay", "relay"),
+            ("wire.sse", "try:\n    import gateway.relay\nexcept ImportError:\n    pass", "relay"),
+            ("wire", "from . import sse", "wire.sse"),
+            ("wire", "from ..relay import Relay", "relay"),
+            ("errors", "from gateway.wire import sse", "wire.sse"),
+            ("errors", "from gateway import __version__", ""),
+            ("relay", "from gateway.backends.openai import OpenAITranslator", "backends.openai"),
+            ("relay", "from gateway.app import create_app", "app"),
+            ("relay", "from gateway.api import openai", "api.openai"),
+            ("relay", "from gateway.responses import Send", "responses"),
+            ("relay", "from gateway.store.sqlite import SqliteDatabase", "store.sqlite"),
+            ("api.openai", "from gateway.api import ops", "api.ops"),
+            ("api.openai", "from gateway.cli.common import table", "cli.common"),
+            ("store.keys", "from gateway.auth import Auth", "auth"),
+            ("store.keys", "from . import usage", "store.usage"),
+            ("backends.openai", "from gateway.backends.scripted import ECHO", "backends.scripted"),
+            ("a_module_of_tomorrow", "from gateway.config import Settings", "config"),
+        ],
+    )
+    def test_an_import_against_the_table(self, module: str, source: str, name: str) -> None:
+        assert wrong(module, imported(module, source, SOURCES)) == [name]
+
+    @pytest.mark.parametrize(
+        ("module", "source"),
+        [
+            ("wire.sse", "from gateway.errors import BadRequest\nfrom . import WireError\nimport os, asyncio"),
+            ("wire.sse", "import gateway_of_somebody_else"),
+            ("wire.sse", "'import gateway.relay'"),
+            ("cli.chat", "from gateway.app import create_app\nfrom gateway.store.sqlite import SqliteDatabase"),
+            ("api.a_dialect_of_tomorrow", "from gateway.api.common import Services\nfrom gateway.store import keys"),
+            ("backends.a_vendor_of_tomorrow", "from .http import HTTPRequest"),
+        ],
+    )
+    def test_an_import_along_the_table(self, module: str, source: str) -> None:
+        assert wrong(module, imported(module, source, SOURCES)) == []
