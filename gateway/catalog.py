@@ -1,7 +1,7 @@
 """Public model names, and which backend serves them under which name at what price.
 
-A name is looked up in this order: the configured models and their aliases; `backend/model`, which names it outright;
-the backends that list it (asked in the background, kept in memory); `default_backend`, which takes what nobody lists.
+A name is looked up in this order: the configured models and their aliases; the backends that list it (asked in the
+background, kept in memory); `backend/model`, which names it outright; `default_backend`, which takes what nobody lists.
 Asking for the list never waits for an upstream; only a name that nobody knows waits, once, for the first answers.
 """
 
@@ -92,6 +92,7 @@ class Catalog:
         self._default_model = default_model
         self._default_backend = default_backend
         self._tasks: list[asyncio.Task[None]] = []
+        self._waited = False
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._keep_asking(provider)) for provider in self._providers.values()]
@@ -109,7 +110,7 @@ class Catalog:
         if name is None:
             raise ModelNotFound("No model is configured. Add a backend to config.yaml.", param="model")
         found = self._known(name)
-        if found is None and any(not provider.asked.is_set() for provider in self._providers.values()):
+        if found is None and not self._waited and any(not one.asked.is_set() for one in self._providers.values()):
             await self._first_answers()
             found = self._known(name)
         if found is None and self._default_backend in self._providers:
@@ -175,6 +176,7 @@ class Catalog:
         waiting = [provider.asked.wait() for provider in self._providers.values()]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*waiting), FIRST_ANSWER_SECONDS)
+        self._waited = True
 
     async def _keep_asking(self, provider: Provider) -> None:
         if provider.static:

@@ -66,6 +66,8 @@ class Talk:
             chain = link(chain, message)
             stored.append(_stored(message, chain))
         if answer is not None:
+            if not isinstance(answer.get("role"), str):  # an upstream's slip must not cost the turn
+                answer = {**answer, "role": "assistant"}
             chain = link(chain, answer)
             stored.append(_stored(answer, chain, output_tokens, cost_nanousd, clean(model), finish_reason))
         return ConversationTurn(
@@ -96,7 +98,7 @@ class Conversations:
 
     async def open(self, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk | None:
         """None: this call is no turn. Raises BadRequest, NotFound, DatabaseUnavailable."""
-        wanted = request.data.get("conversation_id")
+        wanted, end_user = request.data.get("conversation_id"), clean(end_user)
         if self._threading == "off" or (wanted is None and self._threading == "explicit"):
             return None
         talk = (
@@ -153,9 +155,10 @@ def link(previous: str, message: Message) -> str:
     role = message.get("role")
     if role in ("system", "developer"):
         return previous
-    content = message.get("content")
-    others = [part for part in content if "text" not in part] if isinstance(content, list) else []
-    calls = [call.get("function") or call for call in message.get("tool_calls") or [] if isinstance(call, dict)]
+    content, made = message.get("content"), message.get("tool_calls")
+    parts = content if isinstance(content, list) else []
+    others = [part for part in parts if not (isinstance(part, dict) and "text" in part)]
+    calls = [call.get("function") or call for call in made if isinstance(call, dict)] if isinstance(made, list) else []
     said = [role, text_of(content).strip(), others, calls, message.get("tool_call_id")]
     return blake2b(previous.encode() + dumps(said), digest_size=16).hexdigest()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 import time
 from typing import Any, Literal
@@ -10,6 +12,8 @@ from typing import Any, Literal
 from gateway.wire.jsontext import dumps
 
 Format = Literal["auto", "text", "json"]
+
+_ONE_WORD = re.compile(r'[^\s"=\\]+')
 
 
 class JSONFormatter(logging.Formatter):
@@ -25,7 +29,8 @@ class JSONFormatter(logging.Formatter):
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return dumps(line).decode()
+        text = dumps(line).decode()
+        return text if text.isprintable() else "".join(map(_in_json, text))
 
 
 class TextFormatter(logging.Formatter):
@@ -34,12 +39,11 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
         shown = " ".join(f"{key}={_word(value)}" for key, value in fields.items() if value is not None)
-        message = record.getMessage().translate(_ESCAPES)
-        text = f"{_utc(record.created)[11:19]} {record.levelname:<7} {message} {shown}".rstrip()
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
-
-
-_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)}
+        message = _escaped(record.getMessage())
+        lines = [f"{_utc(record.created)[11:19]} {record.levelname:<7} {message} {shown}".rstrip()]
+        if record.exc_info:
+            lines += map(_escaped, self.formatException(record.exc_info).split("\n"))
+        return "\n".join(lines)
 
 
 def configure(kind: Format, level: str) -> None:
@@ -61,5 +65,17 @@ def _utc(seconds: float) -> str:
 
 
 def _word(value: object) -> str:
-    text = str(value).translate(_ESCAPES)
-    return f'"{text}"' if " " in text else text
+    """Quoted where it could be taken for more than one word."""
+    text = str(value)
+    if _ONE_WORD.fullmatch(text) and text.isprintable():
+        return text
+    return '"' + _escaped(text.replace("\\", r"\\").replace('"', r"\"")) + '"'
+
+
+def _escaped(text: str) -> str:
+    """Without what a terminal or a reader of lines would act on."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _in_json(char: str) -> str:
+    return char if char.isprintable() else json.dumps(char)[1:-1]

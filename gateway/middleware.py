@@ -26,6 +26,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _SLASHES = re.compile(r"/{2,}")
 _WITHOUT_V1 = re.compile(r"/(chat/completions|models)(/.*)?")
+_VARY: list[Header] = [(b"vary", b"Origin")]
 _EXPOSED = (
     b"x-request-id, retry-after, retry-after-ms, x-should-retry, x-conversation-id, x-gateway-backend, "
     b"x-gateway-model, x-gateway-cost, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
@@ -66,12 +67,12 @@ class CORS:
             return
         allowed = self._any or origin in self._origins
         if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method") is not None:
-            await _send_empty(send, 204, self._preflight(scope, origin) if allowed else [(b"vary", b"Origin")])
+            await _send_empty(send, 204, self._preflight(scope, origin) if allowed else _VARY)
             return
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                extra = [*self._origin(origin), (b"access-control-expose-headers", _EXPOSED)] if allowed else []
+                extra = [*self._origin(origin), (b"access-control-expose-headers", _EXPOSED)] if allowed else _VARY
                 message["headers"] = [*message["headers"], *extra]
             await send(message)
 
@@ -80,7 +81,7 @@ class CORS:
     def _origin(self, origin: bytes) -> list[Header]:
         if self._any:
             return [(b"access-control-allow-origin", b"*")]
-        return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+        return [(b"access-control-allow-origin", origin), *_VARY]
 
     def _preflight(self, scope: Scope, origin: bytes) -> list[Header]:
         asked = header(scope, b"access-control-request-headers")
@@ -151,6 +152,7 @@ class Observed:
             found = ipaddress.ip_address(address or "")
         except ValueError:
             return False
+        found = getattr(found, "ipv4_mapped", None) or found  # how a socket of both versions shows an IPv4 peer
         return any(found in network for network in self._trusted)
 
 

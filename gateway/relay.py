@@ -335,6 +335,8 @@ class StreamExchange(Exchange):
         if self._broken_off:
             return await self._end_early(UpstreamError("The call was broken off."))
         try:
+            if self._editor.failure is not None:
+                raise _as_upstream_error(self._editor.failure)
             chunks = await self._stream.read()
             leaving = self._feed(chunks)
             if not chunks and not (self._stream.complete or self._editor.finished):
@@ -349,10 +351,8 @@ class StreamExchange(Exchange):
     def _feed(self, chunks: Sequence[Chunk]) -> bytes:
         try:
             return self._editor.feed(chunks)
-        except StreamedError as failure:
-            raise streamed_error(failure.error) from None
-        except WireError as failure:
-            raise UpstreamError("The upstream sent something that is no valid chunk.", log=str(failure)) from None
+        except (StreamedError, WireError) as failure:
+            raise _as_upstream_error(failure) from None
 
     def _bound_drain(self) -> None:
         seen = self._editor.answer.characters - self._seen_when_left
@@ -388,6 +388,12 @@ class StreamExchange(Exchange):
         outcome = self._outcome(self._editor.usage, answers, self._editor.finish_reason)
         outcome.ttft_ms = self._ttft_ms
         return outcome
+
+
+def _as_upstream_error(failure: StreamedError | WireError) -> UpstreamError:
+    if isinstance(failure, StreamedError):
+        return streamed_error(failure.error)
+    return UpstreamError("The upstream sent something that is no valid chunk.", log=str(failure))
 
 
 def _may_follow(failure: UpstreamError, route: Route, follower: Route) -> bool:

@@ -199,10 +199,22 @@ class GatewayProtocol(HttpToolsProtocol):
             self._refuse(Refusal(400, "malformed_request", "The request ended before it was complete."))
         elif self._is_answering():
             self.cycle.keep_alive = False
+            self._provoke()
             self._watch_peer()
         else:
             self._close()
         return True
+
+    def _provoke(self) -> None:
+        """Finds out whether a client that ended its sending side still listens.
+
+        One that has closed its socket looks the same until something is written to it: then its kernel answers with a
+        reset. An interim reply is the one thing that may be written before the answer; 100 is the one that every
+        HTTP/1.1 client skips. Once the answer has begun, its own bytes do this.
+        """
+        running = self._running
+        if running is not None and not running.response_started and running.scope["http_version"] == "1.1":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def shutdown(self) -> None:
         """The server drains: end now if idle, else after the request that is being received or answered."""

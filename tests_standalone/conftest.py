@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -92,7 +93,8 @@ class Unsteady:
     def __init__(self, real: Database) -> None:
         self._real = real
         self._open = asyncio.Event()
-        self._open.set()
+        self._answers = asyncio.Event()
+        self.let_go()
         self.dialect: Literal["postgres", "sqlite"] = real.dialect
         self.migration_lock = real.migration_lock
         self.down = False
@@ -105,8 +107,13 @@ class Unsteady:
     def hold(self) -> None:
         self._open.clear()
 
+    def hold_answers(self) -> None:
+        """Reads are done and not told."""
+        self._answers.clear()
+
     def let_go(self) -> None:
         self._open.set()
+        self._answers.set()
 
     async def open(self) -> None:
         await self._real.open()
@@ -117,7 +124,9 @@ class Unsteady:
     async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:
         self.fetched.append(sql)
         await self._pass()
-        return await self._real.fetch(sql, *args)
+        found = await self._real.fetch(sql, *args)
+        await self._answers.wait()
+        return found
 
     async def write(self, steps: Sequence[Step]) -> None:
         self.written.append(steps)
@@ -135,6 +144,18 @@ class Unsteady:
         await self._open.wait()
         if self.down:
             raise DatabaseUnavailable("told to be down")
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """The test may configure the loggers of this process; afterwards they are as they were."""
+    root = logging.getLogger()
+    handlers = root.handlers
+    levels = {name: logging.getLogger(name).level for name in ("", "asyncio", "asyncpg", "uvicorn.error")}
+    yield
+    root.handlers = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 async def eventually(check: Callable[[], Awaitable[Any]]) -> Any:

@@ -123,6 +123,9 @@ async def test_forwarding_headers_are_never_believed(sqlite: Database) -> None:
         ("chat.example.com", KEYLESS),
         ("Chat.Example.com:443", KEYLESS),
         ("with.port.example:8443", KEYLESS),
+        ("[fd00::1]:8000", KEYLESS),
+        ("localhost:", KEYLESS),
+        ("[localhost]", 401),
         ("with.port.example", 401),
         ("with.port.example:1", 401),
         ("evil.example", 401),
@@ -147,7 +150,7 @@ async def test_forwarding_headers_are_never_believed(sqlite: Database) -> None:
 )
 async def test_the_host_must_be_our_own(sqlite: Database, host: str, expected: str | int) -> None:
     """A page of another site, whose name was made to lead to this machine, sends that site's name (A74)."""
-    auth = make_auth(sqlite, allowed_hosts=["chat.example.com", "With.Port.example:8443"])
+    auth = make_auth(sqlite, allowed_hosts=["chat.example.com", "With.Port.example:8443", "[fd00::1]"])
     assert await answer(auth, peer(("host", host))) == expected
 
 
@@ -366,7 +369,7 @@ async def test_other_queries_pass(sqlite: Database, query: str) -> None:
 SQL = [
     "' OR '1'='1", "' OR 1=1 --", '" OR ""="', "'; DROP TABLE api_keys; --", "' UNION SELECT * FROM api_keys --", "\\'",
     "1; SELECT pg_sleep(10)", "admin'/*", "%' OR '%'='", "$1", "' || (SELECT digest FROM api_keys) || '", "a\x00b",
-    "'" * 8192, "\xbf'", "ÿ", "０", "🙂", "%", "_", "*", ".*", "[a-z]*", "null", "undefined", "None", "true", "0",
+    "'" * 8192, "\xbf'", "ÿ", "\uff10", "🙂", "%", "_", "*", ".*", "[a-z]*", "null", "undefined", "None", "true", "0",
 ]  # fmt: skip
 
 

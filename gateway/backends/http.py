@@ -6,6 +6,7 @@ path, headers and body, and bytes into values; it never awaits. Retries and fall
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,6 +19,8 @@ from gateway.wire.chat import ChatRequest, Chunk, Completion
 
 MAX_REPLY = 64 << 20
 MAX_ERROR = 64 << 10
+TAIL_SECONDS = 1.0
+TAIL_READS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class HTTPBackend:
         self._transport = transport
         self._headers = dict(headers or {})
         self._timeouts = timeouts or Timeouts()
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def models(self) -> Sequence[ModelInfo]:
         body = await self._fetch(self._translator.models_request())
@@ -104,10 +108,12 @@ class HTTPBackend:
         if found != self._translator.stream_type:
             response.close()
             raise UpstreamError("The upstream did not answer with a stream.", log=f"content-type {found!r}")
-        return HTTPChunkStream(response, self._translator.decoder())
+        return HTTPChunkStream(response, self._translator.decoder(), self._ending)
 
     async def aclose(self) -> None:
         """The transport is shared: its owner closes it."""
+        for task in self._ending:
+            task.cancel()
 
     async def _fetch(self, request: HTTPRequest) -> bytes:
         response = await self._send(request)
@@ -132,12 +138,18 @@ class HTTPBackend:
 
 
 class HTTPChunkStream:
-    """A streamed reply: bytes through a decoder, one call for each read of the socket."""
+    """A streamed reply: bytes through a decoder, one call for each read of the socket.
 
-    def __init__(self, response: Response, decoder: Decoder) -> None:
+    The end mark comes before the end of the HTTP body: what is left of it (a last chunk of no bytes) is read aside, in
+    a task kept in `ending`, so that the connection can be used again.
+    """
+
+    def __init__(self, response: Response, decoder: Decoder, ending: set[asyncio.Task[None]]) -> None:
         self._response = response
         self._decoder = decoder
+        self._ending = ending
         self._ended = False
+        self._closed = False
 
     @property
     def complete(self) -> bool:
@@ -156,7 +168,26 @@ class HTTPChunkStream:
         return ()
 
     async def close(self) -> None:
-        self._response.close()
+        if self._closed:
+            return
+        self._closed = True
+        if not self._decoder.complete or self._response.at_end():
+            self._response.close()
+            return
+        task = asyncio.create_task(self._read_tail())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _read_tail(self) -> None:
+        try:
+            async with asyncio.timeout(TAIL_SECONDS):
+                for _ in range(TAIL_READS):
+                    if not await self._response.read():
+                        break
+        except (UpstreamError, TimeoutError):
+            pass
+        finally:
+            self._response.close()
 
 
 def _unreadable(failure: WireError) -> UpstreamError:

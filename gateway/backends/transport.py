@@ -43,6 +43,9 @@ class Response(Protocol):
     async def read_all(self, limit: int) -> bytes:
         """The whole body. Raises UpstreamError if it is longer than `limit`."""
 
+    def at_end(self) -> bool:
+        """Has the end of the body been read?"""
+
     def close(self) -> None:
         """Gives the connection back after the end of the body, else drops it; a waiting read fails."""
 
@@ -109,8 +112,11 @@ class _AiohttpResponse:
                 raise UpstreamError("The upstream's reply is too large.", log=f"reply over {limit} bytes")
         return b"".join(parts)
 
+    def at_end(self) -> bool:
+        return self._response.content.at_eof()
+
     def close(self) -> None:
-        if self._response.content.at_eof():
+        if self.at_end():
             self._response.release()
         else:
             self._response.close()

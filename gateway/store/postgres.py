@@ -37,7 +37,7 @@ FOREIGN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClient
 
 # What an SQLSTATE, or the start of one, means for the caller.
 ROW_REJECTED = ("22", "23")
-CONFLICT = ("40",)
+CONFLICT = ("40001", "40P01")
 READ_ONLY = ("25006",)
 UNAVAILABLE = (
     "08",  # connection lost; pgbouncer has no server
@@ -45,6 +45,7 @@ UNAVAILABLE = (
     "26",  # a prepared statement is gone: there is a pooler, and statement_cache is on
     "28",  # password or certificate rejected
     "3D",  # no such database
+    "40",  # the other ways to lose a transaction; of some the end is unknown
     "42501",  # no right to the table
     "42P05",  # a prepared statement is already there: as 26
     "53",  # disk full, out of memory, too many connections
@@ -95,6 +96,7 @@ class PostgresDatabase:
             self._url,
             min_size=1,
             max_size=self._pool_size,
+            max_queries=1 << 62,  # to end a connection after some queries would make the last one wait for a goodbye
             timeout=self.CONNECT_TIMEOUT,
             command_timeout=self.WRITE_TIMEOUT,
             statement_cache_size=256 if self._statement_cache else 0,
@@ -106,7 +108,7 @@ class PostgresDatabase:
             async with asyncio.timeout(self.CONNECT_TIMEOUT):
                 await pool
         except ValueError:  # its text may quote a part of the password
-            raise DatabaseUnavailable("the database URL cannot be understood") from None
+            raise DatabaseUnavailable("the database URL cannot be used: check its port, host and options") from None
         except FOREIGN as error:
             raise _translated(error, None) from error
         self._pool = pool

@@ -222,7 +222,10 @@ def _prove_writable(connection: sqlite3.Connection) -> None:
     if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         raise DatabaseUnavailable("SQLite cannot use WAL mode for this file. Is it on a network file system?")
     _begin(connection)
-    _roll_back(connection)
+    try:
+        connection.execute("CREATE TABLE write_probe (x)")  # BEGIN alone passes on a read-only file system
+    finally:
+        _roll_back(connection)
 
 
 def _prove_sound(connection: sqlite3.Connection) -> None:

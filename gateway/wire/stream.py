@@ -42,14 +42,21 @@ class ChatStream:
         self.answer = Assembler()
         self.usage: Usage | None = None
         self.timings: object = None
+        self.failure: StreamedError | WireError | None = None
 
     def feed(self, chunks: Iterable[Chunk]) -> bytes:
-        """Raises StreamedError, or WireError for a chunk that is none."""
+        """Raises StreamedError, or WireError for a chunk that is none. What came before it in the same read leaves
+        first: the failure is then kept in `failure`, to be raised instead of reading on."""
         leaving: list[bytes] = []
-        for chunk in chunks:
-            self._one(chunk, leaving)
-        if self.answer.characters > _MOST_CHARACTERS:
-            raise WireError("the answer is longer than any answer can be")
+        try:
+            for chunk in chunks:
+                self._one(chunk, leaving)
+            if self.answer.characters > _MOST_CHARACTERS:
+                raise WireError("the answer is longer than any answer can be")
+        except (StreamedError, WireError) as failure:
+            if not leaving:
+                raise
+            self.failure = failure
         return sse.encode(leaving)
 
     def _one(self, chunk: Chunk, leaving: list[bytes]) -> None:

@@ -75,6 +75,12 @@ class TinyApp:
         await asyncio.sleep(float(scope["query_string"]))
         await self.echo(scope, receive, send)
 
+    async def waiting(self, scope: Any, receive: Any, send: Any) -> None:
+        """Writes nothing, and says when it hears that the client is gone."""
+        say("waiting")
+        await wait_for_disconnect(receive)
+        say("disconnect", path=scope["path"])
+
     async def refuse(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers before the body was read, as a check of the key or of the declared length does."""
         await answer(send, 413, b"too large", [(b"connection", b"close")])

@@ -1,0 +1,343 @@
+"""A name in, routes out; a list from memory whatever the upstreams do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from gateway import catalog as catalogs
+from gateway.backends.base import ModelInfo
+from gateway.backends.scripted import ScriptedBackend
+from gateway.catalog import CREATED, Catalog, Model, Provider, Route
+from gateway.errors import ModelNotFound, UpstreamError
+from gateway.pricing import Price
+from tests_standalone.conftest import eventually
+
+PRICE = Price(1, 2)
+
+
+class Listing(ScriptedBackend):
+    """A backend that lists models as it is told; it hangs while it is told nothing."""
+
+    def __init__(self, name: str, *answers: Sequence[str] | Exception) -> None:
+        super().__init__(name)
+        self.asked = 0
+        self.closed = False
+        self._answers: asyncio.Queue[Sequence[str] | Exception] = asyncio.Queue()
+        for answer in answers:
+            self.answer(answer)
+
+    def answer(self, names: Sequence[str] | Exception) -> None:
+        self._answers.put_nowait(names)
+
+    async def models(self) -> Sequence[ModelInfo]:
+        self.asked += 1
+        answer = await self._answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        return [ModelInfo(name, 1_700_000_000, "somebody") for name in answer]
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@asynccontextmanager
+async def running(providers: Mapping[str, Provider], *models: Model, **options: Any) -> AsyncIterator[Catalog]:
+    catalog = Catalog(providers, models, **options)
+    catalog.start()
+    try:
+        yield catalog
+    finally:
+        await catalog.aclose()
+
+
+def fixed(name: str, *models: str, **options: Any) -> Provider:
+    """A backend whose models the settings name; it is never asked."""
+    found = Provider(ScriptedBackend(name), static=True, **options)
+    found.listed = {model: ModelInfo(model) for model in models}
+    return found
+
+
+def model(name: str, *routes: Route, fallbacks: Sequence[str] = ()) -> Model:
+    return Model(name, routes, fallbacks)
+
+
+def places(found: Model) -> list[tuple[str, str]]:
+    return [(route.backend.name, route.upstream_model) for route in found.routes]
+
+
+# Names
+
+
+ONE = fixed("one", "listed", "both", "one/inner", "two/outer", prices={"listed": PRICE})
+TWO = fixed("two", "both", "gpt-4o")
+CONFIGURED = [
+    model("gpt-4o", ONE.route("real-4o", PRICE)),
+    model("fast", ONE.route("a", weight=3), TWO.route("b"), fallbacks=["gpt-4o"]),
+    model("listed-too", TWO.route("c")),
+]
+ALIASES = {"quick": "fast", "both": "listed-too"}
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "routes"),
+    [
+        ("gpt-4o", "gpt-4o", [("one", "real-4o")]),
+        ("fast", "fast", [("one", "a"), ("two", "b")]),
+        ("quick", "fast", [("one", "a"), ("two", "b")]),
+        ("both", "listed-too", [("two", "c")]),
+        ("listed", "listed", [("one", "listed")]),
+        ("two/both", "two/both", [("two", "both")]),
+        ("one/anything:8b", "one/anything:8b", [("one", "anything:8b")]),
+        ("two/org/model", "two/org/model", [("two", "org/model")]),
+        ("one/inner", "one/inner", [("one", "one/inner")]),
+        ("two/outer", "two/outer", [("one", "two/outer")]),
+        (None, "gpt-4o", [("one", "real-4o")]),
+        ("", "gpt-4o", [("one", "real-4o")]),
+    ],
+    ids=[
+        "configured", "several routes", "alias", "alias before list", "listed", "outright", "outright, not listed",
+        "outright with slashes", "listed with its prefix", "listed before outright", "none", "empty",
+    ],
+)  # fmt: skip
+async def test_a_name_leads_to_its_routes(name: str | None, found: str, routes: list[tuple[str, str]]) -> None:
+    async with running({"one": ONE, "two": TWO}, *CONFIGURED, aliases=ALIASES) as catalog:
+        resolved = await catalog.resolve(name)
+    assert resolved.name == found
+    assert places(resolved) == routes
+
+
+@pytest.mark.parametrize("name", ["unknown", "three/x", "one/", "/x", "GPT-4o", "gpt-4o ", "fas", "quick/x", "*", "%"])
+async def test_a_name_nobody_has(name: str) -> None:
+    async with running({"one": ONE, "two": TWO}, *CONFIGURED, aliases=ALIASES) as catalog:
+        with pytest.raises(ModelNotFound) as caught:
+            await catalog.resolve(name)
+        assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+        with pytest.raises(ModelNotFound):
+            catalog.describe(name)
+
+
+@pytest.mark.parametrize("name", ["unknown", "three/x", "GPT-4o"])
+async def test_the_default_backend_takes_what_nobody_has(name: str) -> None:
+    async with running({"one": ONE, "two": TWO}, *CONFIGURED, default_backend="two") as catalog:
+        assert places(await catalog.resolve(name)) == [("two", name)]
+        assert places(await catalog.resolve("gpt-4o")) == [("one", "real-4o")]
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "default"),
+    [
+        (CONFIGURED, {"default_model": "fast"}, "fast"),
+        (CONFIGURED, {"default_model": "two/gpt-4o"}, "two/gpt-4o"),
+        (CONFIGURED, {}, "gpt-4o"),
+        ([], {}, "listed"),
+    ],
+    ids=["named", "named outright", "the first configured one", "the first listed one"],
+)
+async def test_the_default_model(models: list[Model], options: dict[str, Any], default: str) -> None:
+    async with running({"one": ONE, "two": TWO}, *models, **options) as catalog:
+        assert (await catalog.resolve(None)).name == default
+
+
+async def test_no_model_at_all() -> None:
+    async with running({}) as catalog:
+        with pytest.raises(ModelNotFound):
+            await catalog.resolve(None)
+        assert catalog.listed() == []
+
+
+# Prices and policies
+
+
+@pytest.mark.parametrize(
+    ("options", "price", "route_policy", "expected"),
+    [
+        ({}, None, None, (None, "cancel")),
+        ({}, PRICE, None, (PRICE, "drain")),
+        ({"prices": {"m": PRICE}}, None, None, (PRICE, "drain")),
+        ({"prices": {"m": PRICE}}, Price(7, 8), None, (Price(7, 8), "drain")),
+        ({"prices": {"other": PRICE}}, None, None, (None, "cancel")),
+        ({"free": True}, None, None, (Price(0, 0), "drain")),
+        ({"on_disconnect": "cancel"}, PRICE, None, (PRICE, "cancel")),
+        ({"on_disconnect": "drain"}, None, None, (None, "drain")),
+        ({"on_disconnect": "drain"}, PRICE, "cancel", (PRICE, "cancel")),
+    ],
+)
+def test_the_price_and_the_policy_of_a_route(
+    options: dict[str, Any], price: Price | None, route_policy: Any, expected: tuple[Price | None, str]
+) -> None:
+    route = fixed("b", **options).route("m", price, on_disconnect=route_policy)
+    assert (route.price, route.on_disconnect) == expected
+
+
+async def test_what_a_backend_refuses_goes_with_each_of_its_routes() -> None:
+    provider = fixed("b", "m", refuse=frozenset({"chat_template"}))
+    async with running({"b": provider}, default_backend="b") as catalog:
+        for name in ("m", "b/m", "unknown"):
+            assert (await catalog.resolve(name)).routes[0].refuse == {"chat_template"}
+
+
+# The order of attempts
+
+
+async def test_routes_are_tried_once_each_then_the_fallbacks() -> None:
+    async with running({"one": ONE, "two": TWO}, *CONFIGURED, aliases=ALIASES) as catalog:
+        tried = [(name, route.backend.name, route.upstream_model) for name, route in catalog.attempts(CONFIGURED[1])]
+    assert sorted(tried[:2]) == [("fast", "one", "a"), ("fast", "two", "b")]
+    assert tried[2:] == [("gpt-4o", "one", "real-4o")]
+
+
+@pytest.mark.parametrize(
+    ("fallbacks", "tried"),
+    [
+        (["quick"], [("m", "x"), ("quick", "a"), ("quick", "b")]),
+        (["listed", "two/anything"], [("m", "x"), ("listed", "listed"), ("two/anything", "anything")]),
+        (["gone", "listed"], [("m", "x"), ("listed", "listed")]),
+        (["m"], [("m", "x"), ("m", "x")]),
+    ],
+    ids=["an alias", "listed and outright", "one that is gone", "itself"],
+)
+async def test_what_a_fallback_may_be(fallbacks: list[str], tried: list[tuple[str, str]]) -> None:
+    own = model("m", ONE.route("x"), fallbacks=fallbacks)
+    models = [own, CONFIGURED[0], model("fast", ONE.route("a"), TWO.route("b"))]
+    async with running({"one": ONE, "two": TWO}, *models, aliases=ALIASES) as catalog:
+        found = [(name, route.upstream_model) for name, route in catalog.attempts(own)]
+    assert sorted(found[1:]) == sorted(tried[1:])
+    assert found[0] == tried[0]
+
+
+async def test_weights_decide_which_route_is_first() -> None:
+    found = model("m", ONE.route("often", weight=9), ONE.route("seldom", weight=1))
+    async with running({"one": ONE}, found) as catalog:
+        first = Counter(next(catalog.attempts(found))[1].upstream_model for _ in range(2000))
+    assert 1600 < first["often"] < 1960
+
+
+# Lists
+
+
+async def test_all_names_are_listed_once_configured_ones_first() -> None:
+    async with running({"one": ONE, "two": TWO}, *CONFIGURED, aliases=ALIASES) as catalog:
+        listed = catalog.listed()
+    assert [info.id for info in listed] == [
+        "gpt-4o", "fast", "listed-too", "quick", "both", "listed", "one/inner", "two/outer",
+    ]  # fmt: skip
+    assert {info.created for info in listed} == {CREATED}
+    assert [info.owned_by for info in listed] == ["one", "one", "two", "one", "two", "one", "one", "one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"), [("gpt-4o", "one"), ("quick", "one"), ("listed", "one"), ("two/org/x:8b", "two")]
+)
+async def test_one_name_is_described(name: str, owner: str) -> None:
+    async with running({"one": ONE, "two": TWO}, *CONFIGURED, aliases=ALIASES) as catalog:
+        assert catalog.describe(name) == ModelInfo(name, CREATED, owner)
+
+
+async def test_what_a_backend_says_of_a_model_is_kept() -> None:
+    async with running({"up": Provider(Listing("up", ["m"]))}) as catalog:
+        await catalog.resolve("m")
+        assert catalog.listed() == [ModelInfo("m", 1_700_000_000, "somebody")]
+
+
+async def test_the_list_never_waits_for_an_upstream_that_hangs() -> None:
+    hanging = Listing("hanging")
+    providers = {"hanging": Provider(hanging), "up": Provider(Listing("up", ["m"]))}
+    async with running(providers, model("own", ONE.route("x"))) as catalog:
+        assert [info.id for info in catalog.listed()] == ["own"]
+        await eventually(lambda: _has(catalog, "m"))
+        assert [info.id for info in catalog.listed()] == ["own", "m"]
+        assert places(await catalog.resolve("own")) == [("one", "x")]
+        assert places(await catalog.resolve("m")) == [("up", "m")]
+        assert places(await catalog.resolve("hanging/x")) == [("hanging", "x")]
+        with pytest.raises(ModelNotFound):
+            catalog.describe("unknown")
+
+
+async def test_an_unknown_name_waits_for_the_first_answers() -> None:
+    backend = Listing("up")
+    async with running({"up": Provider(backend)}) as catalog:
+        waiting = asyncio.create_task(catalog.resolve("m"))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        backend.answer(["m"])
+        assert places(await waiting) == [("up", "m")]
+
+
+@pytest.mark.parametrize(("default", "found"), [("up", True), (None, False)])
+async def test_it_waits_only_once_for_an_upstream_that_hangs(
+    default: str | None, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogs, "FIRST_ANSWER_SECONDS", 0.01)
+    async with running({"up": Provider(Listing("up"))}, default_backend=default) as catalog:
+        for _ in range(3):
+            try:
+                assert places(await asyncio.wait_for(catalog.resolve("m"), 10)) == [("up", "m")]
+                assert found
+            except ModelNotFound:
+                assert not found
+            monkeypatch.setattr(catalogs, "FIRST_ANSWER_SECONDS", 3600)
+
+
+async def test_a_backend_that_cannot_list_is_no_reason_to_wait(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    failing = Listing("failing", UpstreamError("The upstream failed.", log="status 404"))
+    async with running({"failing": Provider(failing), "one": ONE}, default_backend="failing") as catalog:
+        assert places(await catalog.resolve("listed")) == [("one", "listed")]
+        assert places(await catalog.resolve("m")) == [("failing", "m")]
+    assert "failing does not list its models: status 404" in caplog.text
+
+
+async def test_a_backend_is_asked_again_soon_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogs, "RETRY_SECONDS", (0.001, 0.002))
+    backend = Listing("up", *[UpstreamError("The upstream failed.")] * 5, ["m"])
+    async with running({"up": Provider(backend)}) as catalog:
+        await eventually(lambda: _has(catalog, "m"))
+        assert backend.asked == 6
+
+
+async def test_the_last_list_stays_while_a_backend_fails_and_a_new_one_replaces_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalogs, "RETRY_SECONDS", (0.001,))
+    monkeypatch.setattr(catalogs, "REFRESH_SECONDS", 0.001)
+    backend = Listing("up", ["a", "b"])
+    async with running({"up": Provider(backend)}) as catalog:
+        await eventually(lambda: _has(catalog, "a"))
+        backend.answer(UpstreamError("The upstream failed."))
+        await eventually(lambda: _asked(backend, 3))
+        assert await _has(catalog, "a")
+        backend.answer(["b", "c"])
+        await eventually(lambda: _has(catalog, "c"))
+        assert not await _has(catalog, "a")
+
+
+async def test_a_mistake_of_ours_while_asking_does_not_end_the_asking(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(catalogs, "REFRESH_SECONDS", 0.001)
+    backend = Listing("up", ValueError("nobody thought of this"), ["m"])
+    async with running({"up": Provider(backend)}) as catalog:
+        await eventually(lambda: _has(catalog, "m"))
+    assert "nobody thought of this" in caplog.text
+
+
+async def test_closing_ends_the_asking_and_closes_the_backends() -> None:
+    backend = Listing("up")
+    async with running({"up": Provider(backend)}):
+        await eventually(lambda: _asked(backend, 1))
+    assert backend.closed
+
+
+async def _has(catalog: Catalog, name: str) -> bool:
+    return name in [info.id for info in catalog.listed()]
+
+
+async def _asked(backend: Listing, times: int) -> bool:
+    return backend.asked >= times
