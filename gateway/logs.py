@@ -39,10 +39,10 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
         shown = " ".join(f"{key}={_word(value)}" for key, value in fields.items() if value is not None)
-        message = _escaped(record.getMessage())
+        message = escaped(record.getMessage())
         lines = [f"{_utc(record.created)[11:19]} {record.levelname:<7} {message} {shown}".rstrip()]
         if record.exc_info:
-            lines += map(_escaped, self.formatException(record.exc_info).split("\n"))
+            lines += map(escaped, self.formatException(record.exc_info).split("\n"))
         return "\n".join(lines)
 
 
@@ -69,10 +69,10 @@ def _word(value: object) -> str:
     text = str(value)
     if _ONE_WORD.fullmatch(text) and text.isprintable():
         return text
-    return '"' + _escaped(text.replace("\\", r"\\").replace('"', r"\"")) + '"'
+    return '"' + escaped(text.replace("\\", r"\\").replace('"', r"\"")) + '"'
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Without what a terminal or a reader of lines would act on."""
     return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 

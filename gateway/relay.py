@@ -109,8 +109,7 @@ class Exchange:
             try:
                 completion = await self._try_routes(self._complete_once)
             except GatewayError as failure:
-                await self._record_failure(failure)
-                raise
+                raise await self._record_failure(failure) from None
             finally:
                 self._stop_timer()
             return await self._record_completion(completion)
@@ -222,13 +221,12 @@ class Exchange:
             changes["timings"] = dumps(timings(outcome, row))
         return splice.edit(completion.raw, data, changes)
 
-    async def _record_failure(self, failure: GatewayError) -> None:
-        """An exchange that has no answer: its rows, and what the client said if it was the client that left."""
+    async def _record_failure(self, failure: GatewayError) -> GatewayError:
+        """An exchange that has no answer: its rows, and what was asked if it was not the upstream's fault. Returns
+        the failure as the client shall see it."""
         if self.route is None:
-            return
-        outcome = nothing("error")
-        if self.stopped is not None:
-            outcome = self._outcome(None, [], None)
+            return failure
+        outcome = nothing("error") if self.stopped is None else self._outcome(None, [], None)
         row = self._row(outcome, charged=self.stopped is not None)
         if isinstance(failure, UpstreamError) and failure.status >= 500:
             failure.headers.setdefault("x-should-retry", "false")
@@ -236,6 +234,7 @@ class Exchange:
             await self._record(None, row, keep_talk=self.stopped is not None)
         except GatewayError as unrecorded:
             log.error("a failed call is not recorded: %s", unrecorded.log or unrecorded.message)
+        return _cut_short() if self.stopped == "interrupted" else failure
 
     async def _record(self, answer: Message | None, row: UsageRow, *, keep_talk: bool = True) -> None:
         """One turn to the ledger. Once begun it goes on, even if this task is cancelled."""
@@ -287,8 +286,7 @@ class StreamExchange(Exchange):
             return await self._try_routes(self._open_once)
         except GatewayError as failure:
             self.ended = True
-            await self._record_failure(failure)
-            raise
+            raise await self._record_failure(failure) from None
 
     async def read(self) -> bytes:
         """The next bytes; may be empty. The last ones come after the turn is durable. Raises GatewayError, recorded."""
@@ -380,7 +378,7 @@ class StreamExchange(Exchange):
         said = bool(self._editor.answer.characters)
         await self._record(self._editor.answer.message() if said else None, row)
         if self.stopped == "interrupted":
-            raise Unavailable("The gateway is shutting down and had to break off this answer.")
+            raise _cut_short()
         raise failure
 
     def _stream_outcome(self) -> Outcome:
@@ -388,6 +386,13 @@ class StreamExchange(Exchange):
         outcome = self._outcome(self._editor.usage, answers, self._editor.finish_reason)
         outcome.ttft_ms = self._ttft_ms
         return outcome
+
+
+def _cut_short() -> Unavailable:
+    """The upstream may have been paid already, so a client should not repeat the call by itself."""
+    failure = Unavailable("The gateway is shutting down and had to break off this answer.")
+    failure.headers["x-should-retry"] = "false"
+    return failure
 
 
 def _as_upstream_error(failure: StreamedError | WireError) -> UpstreamError:

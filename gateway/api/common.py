@@ -65,7 +65,7 @@ async def identify(scope: Scope) -> Caller:
 
 
 async def read_json_body(scope: Scope, receive: Receive) -> bytes:
-    """The body of a JSON route. Raises UnsupportedMediaType, BodyTooLarge (before reading, where the length is told)."""
+    """The body of a JSON route. Raises UnsupportedMediaType, and BodyTooLarge: before reading if the length is told."""
     kind = (header(scope, b"content-type") or b"").partition(b";")[0].strip().lower()
     if kind != b"application/json" and not kind.endswith(b"+json"):
         raise UnsupportedMediaType("Send the body as JSON, with `Content-Type: application/json`.")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from gateway import __version__
 
@@ -18,10 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = _parser().parse_args(argv)
     from gateway.errors import ConfigError, GatewayError
+    from gateway.store.database import RowRejected
 
     command = importlib.import_module(f"gateway.cli.{options.module}")
     try:
         code: int = command.run(options)
+        sys.stdout.flush()
         return code
     except ConfigError as failure:
         for problem in failure.problems:
@@ -30,19 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GatewayError as failure:
         print(f"error: {failure.log or failure.message}", file=sys.stderr)
         return 1
+    except RowRejected as failure:
+        print(f"error: the database cannot take what was given: {failure}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # as of `| head`; what is left in the buffer must not fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gateway", description="A drop-in OpenAI-compatible gateway that records every token."
-    )
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="gateway", description="A drop-in OpenAI-compatible gateway that records every token.")
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--config", metavar="FILE", help="configuration file (default: config.yaml, or GATEWAY_CONFIG)")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -71,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+def _add_keys(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
     keys = commands.add_parser("keys", help="make, list and revoke API keys")
     actions = keys.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", parents=[common], help="make a key; it is shown once")

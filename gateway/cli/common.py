@@ -11,6 +11,7 @@ from typing import Literal
 
 from gateway.config import Settings, load_settings
 from gateway.errors import ConfigError
+from gateway.logs import escaped
 from gateway.store.connect import database_at
 from gateway.store.database import Database
 from gateway.store.migrate import SchemaMismatch, migrate, pending
@@ -60,8 +61,8 @@ def shown_time(milliseconds: int | None) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell; those in `right` are figures."""
-    cells = [list(headings), *[[str(cell) for cell in row] for row in rows]]
+    """Columns as wide as their widest cell; those in `right` are figures. Escaped: names come from clients."""
+    cells = [list(headings), *[[escaped(str(cell)) for cell in row] for row in rows]]
     widths = [max(len(row[index]) for row in cells) for index in range(len(headings))]
     lines = []
     for row in cells:

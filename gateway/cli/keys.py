@@ -14,10 +14,13 @@ from gateway.cli.common import moment, open_database, settings_from, shown_time,
 from gateway.cli.usage import dollars
 from gateway.config import Settings
 from gateway.errors import ConfigError
+from gateway.logs import escaped
 from gateway.pricing import NANO
 from gateway.store import keys
 from gateway.store.database import Database
 from gateway.store.keys import StoredKey
+
+_MOST = 10**12
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,10 +62,12 @@ async def _create(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _fields(options: argparse.Namespace) -> dict[str, object]:
-    if not options.user.strip() or len(options.user) > 256 or not options.user.isprintable():
-        raise ConfigError(["--user: give a name of 1 to 256 printable characters"])
+    for flag, name in (("--user", options.user), ("--name", options.name)):
+        if name is not None and (not name.strip() or len(name) > 256 or not name.isprintable()):
+            raise ConfigError([f"{flag}: give a name of 1 to 256 printable characters"])
     limits = {"rpm": options.rpm, "tpm": options.tpm, "max-parallel": options.max_parallel}
-    wrong = [f"--{name}: must be 1 or more" for name, value in limits.items() if value is not None and value < 1]
+    given = {name: value for name, value in limits.items() if value is not None}
+    wrong = [f"--{name}: must be 1 to {_MOST:,}" for name, value in given.items() if not 1 <= value <= _MOST]
     if wrong:
         raise ConfigError(wrong)
     if options.period and options.budget is None:
@@ -133,6 +138,6 @@ async def _revoke(settings: Settings, key_id: str) -> int:
     async with open_database(settings) as database:
         done = await keys.revoke(database, key_id, int(time.time() * 1000))
     if not done:
-        raise ConfigError([f"there is no key {key_id}: `gateway keys list` shows them"])
+        raise ConfigError([f"there is no key {escaped(key_id)}: `gateway keys list` shows them"])
     print(f"{key_id} is revoked")
     return 0

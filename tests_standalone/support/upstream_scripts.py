@@ -123,7 +123,7 @@ ODD_JSON = (
     '"big" : 123456789012345678901234567890,"float":1.0e+02 , "tiny":1E-7,"negative_zero":-0.0,"trailing_zero":1.50,'
     '"escapes":"\\u0041\\/\\u00e9\\t", "nested" :{ "empty":{ } ,"list":[ ]}'
 )
-UNICODE_TEXT = "Grüße, 世界! مرحبا 👩‍👩‍👧‍👦 emoji 🏳️‍🌈 and 𝔘𝔫𝔦𝔠𝔬𝔡𝔢"  # noqa: RUF001
+UNICODE_TEXT = "Grüße, 世界! مرحبا 👩‍👩‍👧‍👦 emoji 🏳️‍🌈 and 𝔘𝔫𝔦𝔠𝔬𝔡𝔢"
 LINE_SEPARATORS = "one\u2028two \u2029three \u0085four \u000bfive \u000csix \x1cseven"
 AZURE_PRELUDE: Json = {
     "id": "",
