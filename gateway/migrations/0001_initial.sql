@@ -97,5 +97,3 @@ CREATE TABLE messages (
     created_at BIGINT NOT NULL,
     UNIQUE (conversation_pk, seq)
 );
-
-CREATE INDEX messages_by_chain ON messages (chain) WHERE chain IS NOT NULL;

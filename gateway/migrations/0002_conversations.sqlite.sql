@@ -23,6 +23,6 @@ CREATE TABLE conversations (
     deleted_at BIGINT
 );
 
+-- The only index that begins with the user. A second one would be taken for this by a planner without statistics, which
+-- reads all conversations of a user to find one.
 CREATE UNIQUE INDEX conversations_by_owner ON conversations (user_id, id) WHERE deleted_at IS NULL;
-
-CREATE INDEX conversations_by_use ON conversations (user_id, last_used);

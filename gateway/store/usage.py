@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Literal
 
 from gateway.store.database import Database, Row, Step
@@ -49,6 +50,7 @@ class UsageRow:
 
 
 _COLUMNS = [column.name for column in fields(UsageRow)]
+_VALUES = attrgetter(*_COLUMNS)
 # Plain on purpose, without ON CONFLICT: a turn that is written twice must fail as a whole, totals included.
 _INSERT = "INSERT INTO usage_rows ({}) VALUES ({})".format(
     ", ".join(_COLUMNS), ", ".join(f"${index}" for index in range(1, len(_COLUMNS) + 1))
@@ -63,7 +65,7 @@ _GROUPS: dict[Grouping, str] = {
 
 
 def insert(rows: Iterable[UsageRow]) -> Step:
-    return _INSERT, [astuple(row) for row in rows]
+    return _INSERT, [_VALUES(row) for row in rows]
 
 
 async def summary(database: Database, by: Grouping, *, user_id: str | None, since: int | None) -> list[Row]:

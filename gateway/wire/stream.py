@@ -47,6 +47,8 @@ class ChatStream:
     def feed(self, chunks: Iterable[Chunk]) -> bytes:
         """Raises StreamedError, or WireError for a chunk that is none. What came before it in the same read leaves
         first: the failure is then kept in `failure`, to be raised instead of reading on."""
+        if self.failure is not None:
+            raise self.failure
         leaving: list[bytes] = []
         try:
             for chunk in chunks:

@@ -291,7 +291,7 @@ class TestBrokenUpstreams:
         stream = ChatStream(wants_usage=False)
         much = [made(chunk({"content": "x" * (1 << 20)}))]
         with pytest.raises(WireError, match="longer than any answer"):  # noqa: PT012
-            for _ in range(33):
+            for _ in range(34):
                 stream.feed(much)
 
 
