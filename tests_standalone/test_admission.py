@@ -82,8 +82,12 @@ async def test_a_failure_of_any_kind_leaves_nobody_waiting(admission: Admission,
     assert all(isinstance(failure, Exception) for failure in told)
 
 
-async def test_a_caller_that_leaves_harms_nobody(admission: Admission, unsteady: Unsteady) -> None:
+@pytest.mark.parametrize(("down", "answer"), [(False, KeyState), (True, DatabaseUnavailable)])
+async def test_a_caller_that_leaves_harms_nobody(
+    admission: Admission, unsteady: Unsteady, down: bool, answer: type
+) -> None:
     unsteady.hold()
+    unsteady.down = down
     tasks = [asyncio.create_task(admission.check()) for _ in range(6)]
     await settle()
     tasks += [asyncio.create_task(admission.check()) for _ in range(6)]
@@ -92,7 +96,7 @@ async def test_a_caller_that_leaves_harms_nobody(admission: Admission, unsteady:
         task.cancel()
     unsteady.let_go()
     told = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(answer) for answer in told] == [asyncio.CancelledError, KeyState] * 6
+    assert [type(found) for found in told] == [asyncio.CancelledError, answer] * 6
 
 
 async def test_all_may_leave_even_before_a_failure(admission: Admission, unsteady: Unsteady) -> None:

@@ -481,7 +481,7 @@ async def test_a_key_ends_at_its_time_even_when_it_is_remembered(
     auth = make_auth(sqlite)
     assert await answer(auth, peer(LOCAL, bearer(secret))) == "ann"
     later = time.time() + 61
-    monkeypatch.setattr(auth_module.time, "time", lambda: later)
+    monkeypatch.setattr(time, "time", lambda: later)
     assert await answer(auth, peer(LOCAL, bearer(secret))) == 401
 
 

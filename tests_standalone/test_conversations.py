@@ -29,7 +29,13 @@ def assistant(content: object, **fields: Any) -> Message:
 
 
 async def save(database: Database, talk: Talk, answer: Message | None, at: int = NOON, **figures: Any) -> None:
-    values = {"model": "m", "finish_reason": "stop", "input_tokens": 3, "output_tokens": 2, "cost_nanousd": 7}
+    values: dict[str, Any] = {
+        "model": "m",
+        "finish_reason": "stop",
+        "input_tokens": 3,
+        "output_tokens": 2,
+        "cost_nanousd": 7,
+    }
     await database.write(rows_of.save([talk.turn(answer, at, **values | figures)]))
 
 

@@ -50,9 +50,9 @@ async def running(database: Database) -> AsyncIterator[Ledger]:
         await ledger.aclose(grace=0.01)
 
 
-def turn(*talks: ConversationTurn, **changes: Any) -> Turn:
+def turn(found: ConversationTurn | None = None, **changes: Any) -> Turn:
     """One call: 10 tokens in, 5 out, 1,000 nano-dollars."""
-    return Turn([usage_row(**changes)], *talks)
+    return Turn([usage_row(**changes)], found)
 
 
 def talk(name: str = "chat", **changes: Any) -> ConversationTurn:
@@ -299,15 +299,18 @@ async def test_an_id_that_is_there_already_is_written_once(
     assert await rows(migrated, TOTALS) == [(4, 20, 10, 2000)]
 
 
-async def test_a_culprit_and_an_outage_in_one_batch(ledger: Ledger, unsteady: Unsteady, migrated: Database) -> None:
+async def test_a_culprit_and_an_outage_in_one_batch(
+    ledger: Ledger, unsteady: Unsteady, migrated: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     """The batch fails, its turns are tried one by one, and the database goes away in the middle of that."""
-    turns = [turn(talk()), turn(talk()), turn(model=None), turn(talk())]
+    turns = [turn(talk(), model=None, request_id="req_culprit"), turn(talk()), turn(talk()), turn(talk())]
     unsteady.lose_answers = 1
     tasks = [asyncio.create_task(ledger.record(found)) for found in turns]
     told = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(failure) for failure in told] == [type(None), type(None), NotRecorded, type(None)]
-    assert await usage_ids(migrated) == ids(turns[0], turns[1], turns[3])
+    assert [type(failure) for failure in told] == [NotRecorded, type(None), type(None), type(None)]
+    assert await usage_ids(migrated) == ids(*turns[1:])
     assert await rows(migrated, TOTALS) == [(6, 30, 15, 3000)]
+    assert caplog.text.count("req_culprit") == 1
 
 
 # Sessions
@@ -324,7 +327,7 @@ async def test_a_conversation_joins_the_session_unless_its_user_was_idle(
         await one.record(turn(talk("a", at=NOON)))
         await (one if same_worker else other).record(turn(talk("b", at=NOON + pause)))
     counts = [row[0] for row in await rows(migrated, f"{SESSIONS} ORDER BY created_at")]
-    assert counts == [2] if sessions == 1 else [1, 1]
+    assert counts == {1: [2], 2: [1, 1]}[sessions]
 
 
 async def test_users_have_sessions_of_their_own(ledger: Ledger, migrated: Database) -> None:

@@ -21,12 +21,23 @@ PRICE = Price(2_000_000_000, 8_000_000_000, cached_input=1_000_000_000)
 
 
 def meter(**changes: Any) -> Meter:
-    values = {"request_id": "req_1", "caller": Caller("ann", "key_1"), "end_user": "kid", "at": NOON, "stream": True}
-    return Meter(**values | changes)  # type: ignore[arg-type]  # the five of its parameters
+    values: dict[str, Any] = {
+        "request_id": "req_1",
+        "caller": Caller("ann", "key_1"),
+        "end_user": "kid",
+        "at": NOON,
+        "stream": True,
+    }
+    return Meter(**values | changes)
 
 
 def outcome(usage: Usage | None = None, **changes: Any) -> Outcome:
-    values = {"status": "ok", "usage": usage or Usage(10, 5), "counted_by": "upstream", "finish_reason": "stop"}
+    values: dict[str, Any] = {
+        "status": "ok",
+        "usage": usage or Usage(10, 5),
+        "counted_by": "upstream",
+        "finish_reason": "stop",
+    }
     return Outcome(**values | changes)
 
 

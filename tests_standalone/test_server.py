@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import ConfigError
-from gateway.server import listen, serve
+from gateway.serving import listen, serve
 from tests_standalone.support.tiny_app import make_app
 
 PATIENCE = 20.0

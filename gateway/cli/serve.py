@@ -15,7 +15,7 @@ from gateway.cli.common import open_database, settings_from
 from gateway.cli.keys import make_key
 from gateway.config import Settings, mask_url
 from gateway.errors import DatabaseUnavailable
-from gateway.server import serve
+from gateway.serving import serve
 from gateway.store import keys
 
 log = logging.getLogger("gateway")

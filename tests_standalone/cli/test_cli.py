@@ -21,7 +21,7 @@ from gateway.auth import digest
 from gateway.cli import main
 from gateway.cli import serve as serving
 from gateway.cli.common import shown_time, table
-from gateway.store import usage
+from gateway.store import keys, usage
 from gateway.store.usage import UsageRow
 from tests_standalone.conftest import NOON, opened, stored_key, usage_row
 
@@ -293,7 +293,7 @@ def test_an_expired_key_is_listed_as_such(run: Run) -> None:
     async def add() -> None:
         async with opened("sqlite:///data/gateway.db") as database:
             for key in (stored_key(id="over", expires_at=1), stored_key(id="later", expires_at=4_073_500_800_000)):
-                await serving.keys.add(database, key)
+                await keys.add(database, key)
 
     asyncio.run(add())
     shown = run("keys", "list").out

@@ -1,4 +1,4 @@
-"""A small ASGI application behind `gateway.server.serve`, run by test_server.py in processes of its own.
+"""A small ASGI application behind `gateway.serving.serve`, run by test_server.py in processes of its own.
 
     python -m tests_standalone.support.tiny_app '{"workers": 2, "limits": {"head_seconds": 0.3}}'
 
@@ -182,13 +182,13 @@ def make_app(options: dict[str, Any]) -> TinyApp:
 
 
 def main() -> int:
-    from gateway import server
+    from gateway import serving
 
     options = json.loads(sys.argv[1])
     if options.get("loop") == "asyncio":
         sys.modules["uvloop"] = None  # type: ignore[assignment]  # as if it were not installed
-    server.KEEP_ALIVE_SECONDS = options.get("keep_alive_seconds", server.KEEP_ALIVE_SECONDS)
-    return server.serve(
+    serving.KEEP_ALIVE_SECONDS = options.get("keep_alive_seconds", serving.KEEP_ALIVE_SECONDS)
+    return serving.serve(
         partial(make_app, options),
         host=options.get("host", "127.0.0.1"),
         port=options.get("port", 0),
