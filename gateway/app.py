@@ -125,6 +125,9 @@ async def _bring_up(database: Database, readiness: Readiness, *, auto_migrate: b
             cause = failure.cause
         except SchemaMismatch as failure:
             cause = str(failure)
+        except Exception as failure:  # whatever it is, the worker must say so and try again
+            cause = f"the database cannot be used: {type(failure).__name__}"
+            log.exception("opening the database failed")
         if cause != readiness.cause:
             log.error("not ready: %s", cause)
         readiness.cause = cause

@@ -50,9 +50,10 @@ class Caller:
     is_admin: bool = False
     models: frozenset[str] | None = None
 
-    def check_model(self, name: str) -> None:
-        if self.models is not None and name not in self.models:
-            raise PermissionDenied(f"This key may not use the model '{name}'.", param="model")
+    def check_model(self, name: str, alias: str | None = None) -> None:
+        """The key must name the model, or the alias that it was asked by. Raises PermissionDenied."""
+        if self.models is not None and not self.models & {name, alias or name}:
+            raise PermissionDenied(f"This key may not use the model '{alias or name}'.", param="model")
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class Provider:
     free: bool = False
     listed: Mapping[str, ModelInfo] = field(default_factory=dict)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+    failing: bool = False
 
     def route(
         self, model: str, price: Price | None = None, weight: int = 1, on_disconnect: OnDisconnect | None = None
@@ -155,6 +156,12 @@ class Catalog:
         return ModelInfo(name, CREATED, found.routes[0].backend.name)
 
     @property
+    def health(self) -> Literal["ok", "degraded", "down"]:
+        """Of the backends, by whether they last answered when asked for their models."""
+        failing = [provider.failing for provider in self._providers.values()]
+        return "ok" if not any(failing) else "down" if all(failing) else "degraded"
+
+    @property
     def default_model(self) -> str | None:
         if self._default_model is not None:
             return self._default_model
@@ -189,12 +196,14 @@ class Catalog:
                 provider.listed = {info.id: info for info in await provider.backend.models()}
             except UpstreamError as failure:
                 log.warning("%s does not list its models: %s", provider.backend.name, failure.log or failure.message)
+                provider.failing = True
                 pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]
                 failures += 1
             except Exception:
                 log.exception("%s: asking for its models failed", provider.backend.name)
             else:
                 failures = 0
+                provider.failing = False
                 log.info("%s lists %d models", provider.backend.name, len(provider.listed))
             provider.asked.set()
             await asyncio.sleep(pause * random.uniform(0.9, 1.1))

@@ -242,7 +242,7 @@ class TimeoutSettings(Section):
     """Seconds. `first_byte` and `idle` are silences; `total` None: as long as it takes."""
 
     connect: float = Field(5, gt=0)
-    first_byte: float = Field(120, gt=0)
+    first_byte: float = Field(600, gt=0)
     idle: float = Field(120, gt=0)
     total: float | None = Field(None, gt=0)
 

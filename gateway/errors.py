@@ -16,6 +16,7 @@
       UpstreamError           any  the backend answered with an error, or not at all
         UpstreamTimeout       504
         UpstreamUnreachable   502  nothing was sent: safe to try elsewhere
+          NeverSent           502  because the call was ended first
 
 Each class knows its HTTP status and OpenAI's `type` and `code`; each dialect knows the shape of the body.
 A message never holds a key, a path of this machine, a class name or a traceback. `log` may say more: it goes
@@ -34,6 +35,7 @@ __all__ = [
     "GatewayError",
     "MethodNotAllowed",
     "ModelNotFound",
+    "NeverSent",
     "NotFound",
     "NotRecorded",
     "PermissionDenied",
@@ -196,6 +198,10 @@ class UpstreamTimeout(UpstreamError):
 
 class UpstreamUnreachable(UpstreamError):
     """No connection could be made, so the request is known to be unsent."""
+
+
+class NeverSent(UpstreamUnreachable):
+    """The call was ended before a byte of it left: there was no call."""
 
 
 class ConfigError(Exception):

@@ -5,15 +5,16 @@ A turn is its usage rows, its messages and the totals of its conversation and se
 
 - A failed commit always reaches its waiters: `record` ends with NotRecorded after `DEADLINE` seconds at the latest.
 - The turn itself is kept and tried again until the database takes it: the client was told, the money row is not lost.
-  At most `MOST_WAITING` turns are kept; beyond that `record` refuses at once.
-- On a data error the batch is tried again turn by turn, and only the culprit fails.
+  At most `MOST_WAITING` turns and `MOST_WAITING_BYTES` are kept; beyond that `record` refuses at once.
+- While commits fail, `check` raises: nothing new is started that could not be recorded.
+- A batch that failed is halved, and a large one has more time: a slow line cannot wedge it for good.
+- On a data error the batch is tried again turn by turn, and only the culprit fails: its figures go to the log.
 - A commit whose answer was lost is tried again: its usage rows are there already, which says that all of it is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections import OrderedDict
@@ -32,6 +33,11 @@ log = logging.getLogger("gateway.ledger")
 DEADLINE = 10.0
 MOST_IN_BATCH = 500
 MOST_WAITING = 20_000
+MOST_WAITING_BYTES = 256 << 20
+MOST_BATCH_BYTES = 4 << 20
+COMMIT_SECONDS = 5.0
+BYTES_PER_SECOND = 1 << 20
+"""What a commit gets on top of its seconds: the slowest line that is worth waiting for."""
 RETRY_PAUSE = 0.25
 SESSION_IDLE_MS = 30 * 60 * 1000
 _MOST_SESSIONS = 10_000
@@ -45,6 +51,12 @@ class Turn:
     conversation: ConversationTurn | None = None
     durable: asyncio.Future[None] | None = field(default=None, compare=False)
 
+    @property
+    def size(self) -> int:
+        """Bytes of content, about."""
+        messages = self.conversation.messages if self.conversation is not None else ()
+        return sum(len(message.content) + len(message.extra or "") for message in messages or ())
+
 
 class Ledger:
     """One committer for each worker. `async with` it inside the running loop."""
@@ -52,6 +64,9 @@ class Ledger:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: list[Turn] = []
+        self._waiting_bytes = 0
+        self._trouble: str | None = None
+        self._most_in_batch = MOST_IN_BATCH
         self._wake = asyncio.Event()
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
@@ -60,28 +75,41 @@ class Ledger:
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="ledger")
 
-    async def aclose(self, grace: float = 5.0) -> None:
+    async def aclose(self, grace: float = 3.0) -> None:
         """Writes what waits; what the database does not take in `grace` seconds is logged as lost."""
         self._closing = True
         self._wake.set()
-        if self._task is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._task), grace)
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        for turn in self._waiting:
-            if turn.durable is not None and not turn.durable.done():
-                log.error("turn not recorded: %s", _figures(turn))
-                _settle(turn, NotRecorded(log="the gateway ends and the database takes nothing"))
+        try:
+            if self._task is not None:
+                await asyncio.wait({self._task}, timeout=grace)
+        finally:
+            if self._task is not None:
+                self._task.cancel()
+            for turn in self._waiting:
+                if turn.durable is not None and not turn.durable.done():
+                    log.error("turn not recorded: %s", _figures(turn))
+                    _settle(turn, NotRecorded(log="the gateway ends and the database takes nothing"))
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the last commit failed, while turns wait for the next."""
+        return self._trouble if self._waiting else None
+
+    def check(self) -> None:
+        """Raises DatabaseUnavailable while commits fail, whatever reads say: full, read-only, locked."""
+        if self.trouble is not None:
+            raise DatabaseUnavailable(f"commits fail: {self.trouble}")
 
     async def record(self, turn: Turn) -> None:
         """Returns once the turn is durable. Raises NotRecorded."""
-        if len(self._waiting) >= MOST_WAITING or self._task is None or self._task.done():
+        size = turn.size
+        full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + size > MOST_WAITING_BYTES
+        if (full and self._waiting) or self._task is None or self._task.done():
             log.error("turn not recorded, no room: %s", _figures(turn))
             raise NotRecorded(log="the ledger takes no more turns")
         turn.durable = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
+        self._waiting_bytes += size
         self._wake.set()
         done, _ = await asyncio.wait({turn.durable}, timeout=DEADLINE)
         if not done:
@@ -93,16 +121,30 @@ class Ledger:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                batch = self._waiting[:MOST_IN_BATCH]
+                batch = self._next_batch()
                 try:
                     await self._commit(batch)
                 except DatabaseUnavailable as failure:
                     log.warning("commit of %d turns failed, trying again: %s", len(batch), failure.cause)
+                    self._trouble = failure.cause
+                    self._most_in_batch = max(1, len(batch) // 2)
                     await asyncio.sleep(RETRY_PAUSE)
                 else:
+                    self._trouble = None
+                    self._most_in_batch = min(MOST_IN_BATCH, 2 * self._most_in_batch)
                     del self._waiting[: len(batch)]
+                    self._waiting_bytes -= sum(turn.size for turn in batch)
             if self._closing:
                 return
+
+    def _next_batch(self) -> list[Turn]:
+        """The oldest turns, as many as fit; at least one."""
+        size = 0
+        for count, turn in enumerate(self._waiting[: self._most_in_batch]):
+            size += turn.size
+            if count and size > MOST_BATCH_BYTES:
+                return self._waiting[:count]
+        return self._waiting[: self._most_in_batch]
 
     async def _commit(self, batch: list[Turn]) -> None:
         """Settles every turn of the batch. Raises DatabaseUnavailable if the database took none of the rest."""
@@ -122,11 +164,12 @@ class Ledger:
             return
         try:
             await self._write([turn])
-        except AlreadyThere:
-            _settle(turn, None)
         except DatabaseUnavailable:
             raise
         except Exception as failure:
+            if isinstance(failure, AlreadyThere) and await usage.exists(self._database, turn.usage[0].id):
+                _settle(turn, None)
+                return
             known = isinstance(failure, RowRejected)
             log.error("turn not recorded (%s): %s", failure, _figures(turn), exc_info=not known)
             _settle(turn, NotRecorded(log=str(failure)))
@@ -141,7 +184,8 @@ class Ledger:
         steps.append(sessions.add_totals(_session_totals(turns)))
         named = [turn for turn in turns if turn.is_new and turn.is_named]
         steps.append(sessions.count_named((turn.session_id, turn.pk) for turn in named if turn.session_id is not None))
-        await self._database.write(steps)
+        size = sum(turn.size for turn in batch)
+        await self._database.write(steps, timeout=COMMIT_SECONDS + size / BYTES_PER_SECOND)
 
     async def _give_sessions(self, batch: Sequence[Turn]) -> None:
         """A new conversation joins its user's session, which is opened if the last one has been idle."""
@@ -176,7 +220,7 @@ def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
             continue
         total = totals.setdefault(turn.session_id, SessionTotals(turn.session_id))
         total.conversations += turn.is_new and not turn.is_named
-        total.tokens += turn.tokens_input + turn.tokens_output
+        total.tokens += turn.tokens_output
         total.cost_nanousd += turn.cost_nanousd
         total.last_activity = max(total.last_activity, turn.at)
     return list(totals.values())

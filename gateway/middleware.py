@@ -25,8 +25,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _SLASHES = re.compile(r"/{2,}")
+_AZURE = re.compile(r"/openai/deployments/([^/]+)(/chat/completions)|/openai(/v1(?:/.*)?)")
 _WITHOUT_V1 = re.compile(r"/(chat/completions|models)(/.*)?")
 _VARY: list[Header] = [(b"vary", b"Origin")]
+_METHODS = b"GET, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED = (
     b"x-request-id, retry-after, retry-after-ms, x-should-retry, x-conversation-id, x-gateway-backend, "
     b"x-gateway-model, x-gateway-cost, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
@@ -46,6 +48,9 @@ def one_path(path: str) -> str:
         path = _SLASHES.sub("/", path)
     if path.endswith("/") and path != "/":
         path = path[:-1]
+    azure = _AZURE.fullmatch(path)
+    if azure is not None:
+        path = azure[3] or azure[2]
     while path.startswith("/v1/v1/") or path == "/v1/v1":
         path = path[3:]
     return f"/v1{path}" if _WITHOUT_V1.fullmatch(path) else path
@@ -57,17 +62,22 @@ class CORS:
 
     def __init__(self, app: App, origins: Iterable[str]) -> None:
         self._app = app
-        self._origins = frozenset(origin.rstrip("/").encode("latin-1") for origin in origins)
+        self._origins = frozenset(origin.rstrip("/").encode() for origin in origins)
         self._any = b"*" in self._origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        origin = header(scope, b"origin") if scope["type"] == "http" and self._origins else None
-        if origin is None or not one_path(scope["path"]).startswith("/v1"):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        allowed = self._any or origin in self._origins
-        if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method") is not None:
-            await _send_empty(send, 204, self._preflight(scope, origin) if allowed else _VARY)
+        covered = bool(self._origins) and one_path(scope["path"]).startswith("/v1")
+        origin = header(scope, b"origin") if covered else None
+        allowed = origin is not None and (self._any or origin in self._origins)
+        if scope["method"] == "OPTIONS":
+            plain = [*_VARY, (b"allow", _METHODS), (b"x-request-id", _new_id().encode())]
+            await _send_empty(send, 204, self._preflight(scope, origin) if origin is not None and allowed else plain)
+            return
+        if origin is None:
+            await self._app(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -85,7 +95,7 @@ class CORS:
 
     def _preflight(self, scope: Scope, origin: bytes) -> list[Header]:
         asked = header(scope, b"access-control-request-headers")
-        found = [*self._origin(origin), (b"access-control-allow-methods", b"GET, POST, PUT, PATCH, DELETE, OPTIONS")]
+        found = [*self._origin(origin), (b"access-control-allow-methods", _METHODS)]
         if asked is not None:
             found.append((b"access-control-allow-headers", asked))
         if header(scope, b"access-control-request-private-network") == b"true":
@@ -107,7 +117,7 @@ class Observed:
             return
         given = header(scope, b"x-request-id")
         safe = given is not None and _SAFE_REQUEST_ID.fullmatch(given)
-        request_id = given.decode() if given is not None and safe else f"req_{secrets.token_hex(16)}"
+        request_id = given.decode() if given is not None and safe else _new_id()
         scope["state"]["request_id"] = request_id
         started = time.perf_counter()
         status = 499
@@ -127,7 +137,7 @@ class Observed:
                 "request_id": request_id,
                 "method": scope["method"],
                 "path": scope["path"],
-                "status": status,
+                "status": 499 if scope["state"].get("client_left") else status,
                 "ms": round((time.perf_counter() - started) * 1000, 1),
                 "client": self._client(scope),
                 "user": scope["state"].get("user"),
@@ -192,13 +202,17 @@ class ErrorBoundary:
 
 
 class OnePath:
-    """Rewrites the spellings of a path to the one that routes know. Never a redirect: POST bodies get lost in them."""
+    """Rewrites the spellings of a path to the one that routes know, Azure's among them: there the path names the model
+    (the deployment) if the body does not. Never a redirect: POST bodies get lost in them."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            azure = _AZURE.fullmatch(scope["path"].rstrip("/"))
+            if azure is not None and azure[1] is not None:
+                scope["state"]["deployment"] = azure[1]
             scope["path"] = one_path(scope["path"])
         await self._app(scope, receive, send)
 
@@ -207,6 +221,10 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     """For a path that no route knows."""
     if scope["type"] == "http":
         raise NotFound(f"Unknown path: {scope['method']} {scope['path'][:200]}")
+
+
+def _new_id() -> str:
+    return f"req_{secrets.token_hex(16)}"
 
 
 def _as_gateway_error(raised: Exception) -> GatewayError:

@@ -20,14 +20,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from gateway.auth import Caller
 from gateway.backends.base import ChunkStream
 from gateway.catalog import Catalog, Model, Route
 from gateway.conversations import Talk
 from gateway.drain import Drain
-from gateway.errors import GatewayError, Unavailable, UpstreamError, UpstreamUnreachable
+from gateway.errors import GatewayError, NeverSent, Unavailable, UpstreamError, UpstreamUnreachable
 from gateway.ledger import Ledger, Turn
 from gateway.metering import Meter, Outcome, milliseconds_since, nothing, timings
 from gateway.pricing import usd
@@ -158,15 +158,29 @@ class Exchange:
 
     async def _run(self, work: Awaitable[T]) -> T:
         """Runs upstream work so that `_break_off` can end it; then raises UpstreamError instead of cancelling us."""
-        self._running = task = asyncio.ensure_future(work)
+        begun = False
+
+        async def begin() -> T:
+            nonlocal begun
+            begun = True
+            return await work
+
+        self._running = task = asyncio.ensure_future(begin())
         if self._broken_off:
             task.cancel()
         try:
             return await task
         except asyncio.CancelledError:
+            if not begun and asyncio.iscoroutine(work):
+                work.close()
             if not self._broken_off:
                 raise
-            raise UpstreamError("The call was broken off.", log=self.stopped) from None
+            kind = UpstreamError if begun else NeverSent
+            raise kind("The call was broken off.", log=self.stopped) from None
+        except GatewayError:
+            raise
+        except Exception as failure:  # a backend's own mistake must not cost the call its row
+            raise _backend_failed(failure) from failure
         finally:
             self._running = None
 
@@ -203,14 +217,14 @@ class Exchange:
         outcome = Outcome("ok", usage, "upstream" if told else "gateway", finish_reason)
         if self.stopped is not None:
             outcome.status = outcome.finish_reason = self.stopped
-            outcome.ended_by = "cancel" if self._broken_off else "drain"
+            outcome.ended_by = self.policy if self.stopped == "client_disconnected" else None
         return outcome
 
     def _reply_body(self, completion: Completion, outcome: Outcome, row: UsageRow) -> bytes:
         data, cost = completion.data, usd(row.cost_nanousd)
         told = data.get("usage")
         if isinstance(told, dict) and outcome.counted_by == "upstream":
-            place = next(member for member in splice.members(completion.raw) if member.key == "usage")
+            place = [member for member in splice.members(completion.raw) if member.key == "usage"][-1]
             text = splice.edit(completion.raw[place.value : place.end], told, {"cost": dumps(cost)})
         else:
             text = dumps({**outcome.usage.to_openai(), "cost": cost})
@@ -226,12 +240,15 @@ class Exchange:
         the failure as the client shall see it."""
         if self.route is None:
             return failure
-        outcome = nothing("error") if self.stopped is None else self._outcome(None, [], None)
-        row = self._row(outcome, charged=self.stopped is not None)
+        if isinstance(failure, NeverSent) and not self._meter.rows:
+            return _cut_short() if self.stopped == "interrupted" else failure
+        cut_short = self.stopped is not None and not _refused(failure)
+        outcome = self._outcome(None, [], None) if cut_short else nothing("error")
+        row = self._row(outcome, charged=cut_short)
         if isinstance(failure, UpstreamError) and failure.status >= 500:
             failure.headers.setdefault("x-should-retry", "false")
         try:
-            await self._record(None, row, keep_talk=self.stopped is not None)
+            await self._record(None, row, keep_talk=cut_short)
         except GatewayError as unrecorded:
             log.error("a failed call is not recorded: %s", unrecorded.log or unrecorded.message)
         return _cut_short() if self.stopped == "interrupted" else failure
@@ -286,6 +303,7 @@ class StreamExchange(Exchange):
             return await self._try_routes(self._open_once)
         except GatewayError as failure:
             self.ended = True
+            self._stop_timer()
             raise await self._record_failure(failure) from None
 
     async def read(self) -> bytes:
@@ -320,7 +338,7 @@ class StreamExchange(Exchange):
             chunks = await stream.read()
             if not chunks:
                 raise UpstreamError("The upstream ended its stream before it began.")
-            self._ttft_ms = milliseconds_since(self.job.started)
+            self._ttft_ms = milliseconds_since(self._attempt_started)
             leaving = self._feed(chunks)
         except BaseException:
             await stream.close()
@@ -331,7 +349,7 @@ class StreamExchange(Exchange):
     async def _next(self) -> bytes:
         assert self._stream is not None
         if self._broken_off:
-            return await self._end_early(UpstreamError("The call was broken off."))
+            await self._end_early(UpstreamError("The call was broken off."))
         try:
             if self._editor.failure is not None:
                 raise _as_upstream_error(self._editor.failure)
@@ -340,7 +358,9 @@ class StreamExchange(Exchange):
             if not chunks and not (self._stream.complete or self._editor.finished):
                 raise UpstreamError("The upstream broke off its answer.", log="stream ended without its end mark")
         except UpstreamError as failure:
-            return await self._end_early(failure)
+            await self._end_early(failure)
+        except Exception as failure:  # a backend's own mistake must not cost the turn its record
+            await self._end_early(_backend_failed(failure))
         if chunks:
             self._bound_drain()
             return leaving
@@ -368,24 +388,42 @@ class StreamExchange(Exchange):
         extra["timings"] = self._editor.timings or timings(outcome, row)
         return self._editor.end(outcome.usage, usd(row.cost_nanousd), extra)
 
-    async def _end_early(self, failure: UpstreamError) -> bytes:
-        """A broken answer: what came is recorded and billed. Raises, unless only a client that left would hear."""
+    async def _end_early(self, failure: UpstreamError) -> NoReturn:
+        """A broken answer: what came is recorded and billed, then the failure is raised."""
         self.ended = True
         outcome = self._stream_outcome()
         if self.stopped is None:
             outcome.status, outcome.finish_reason = "error", "error"
         row = self._row(outcome)
-        said = bool(self._editor.answer.characters)
-        await self._record(self._editor.answer.message() if said else None, row)
+        await self._record(self._partial_answer(), row)
         if self.stopped == "interrupted":
             raise _cut_short()
         raise failure
+
+    def _partial_answer(self) -> Message | None:
+        """What of a broken answer may stand in a history: no tool call, for its arguments may be half and no result
+        will ever follow."""
+        answer = self._editor.answer.message()
+        if self._editor.finished:
+            return answer
+        kept = {key: value for key, value in answer.items() if key not in ("tool_calls", "function_call")}
+        return kept if any(value for key, value in kept.items() if key != "role") else None
 
     def _stream_outcome(self) -> Outcome:
         answers = [self._editor.answer.message(index) for index in self._editor.answer.indexes]
         outcome = self._outcome(self._editor.usage, answers, self._editor.finish_reason)
         outcome.ttft_ms = self._ttft_ms
         return outcome
+
+
+def _refused(failure: GatewayError) -> bool:
+    """Did the upstream say no, or hear nothing of it? Then nothing was used."""
+    return isinstance(failure, UpstreamUnreachable) or failure.upstream_status is not None
+
+
+def _backend_failed(failure: Exception) -> UpstreamError:
+    log.error("a backend failed in a way that nobody foresaw", exc_info=failure)
+    return UpstreamError("The gateway could not read the upstream's answer.", log=type(failure).__name__)
 
 
 def _cut_short() -> Unavailable:

@@ -100,12 +100,13 @@ class StreamResponse:
         self._send: Send
         self._loop = asyncio.get_running_loop()
         self._started = False
-        self._sending = False
+        self._writing = False
         self._gone = False
         self._done = False
         self._last_sent = 0.0
         self._ping_timer: asyncio.TimerHandle | None = None
-        self._beside: set[asyncio.Task[None]] = set()
+        self._ping: asyncio.Task[None] | None = None
+        self._cut: asyncio.Task[GatewayError] | None = None
 
     async def __call__(self, receive: Receive, send: Send) -> None:
         self._send = send
@@ -125,7 +126,9 @@ class StreamResponse:
             await self._start()
             while True:
                 if data or self._exchange.ended:
-                    await self._write(data, last=self._exchange.ended)
+                    await self._write(data, last=self._exchange.ended and self._cut is None)
+                if self._cut is not None:
+                    raise await self._cut
                 if self._exchange.ended:
                     return
                 data = await self._exchange.read()
@@ -159,15 +162,17 @@ class StreamResponse:
     async def _write(self, data: bytes, *, last: bool = False) -> None:
         if self._gone or not self._started:
             return
-        self._sending = True
+        self._writing = True
+        self._done = self._done or last
         try:
             await self._send({"type": "http.response.body", "body": data, "more_body": not last})
         finally:
-            self._sending = False
+            self._writing = False
         self._last_sent = self._loop.time()
 
     async def _fail(self, failure: GatewayError) -> None:
         """One error event; then the reply is left open, so that the server closes it without the last HTTP chunk."""
+        self._done = True
         log.warning("stream failed: %s", failure.log or failure.message)
         await self._write(sse.encode([error_body(failure)]))
 
@@ -177,26 +182,27 @@ class StreamResponse:
             self._exchange.client_left()
 
     def _interrupt(self) -> None:
-        """The worker has no more time. A write that waits for the client must not keep the turn from its record."""
+        """The worker has no more time. A write that waits for the client must not keep the turn from its record: it is
+        recorded beside, and the writer tells the client if it ever gets that far."""
         self._exchange.interrupt()
-        if self._sending:
-            self._aside(self._record_beside_write())
+        if self._writing and self._cut is None and not self._exchange.ended:
+            self._cut = asyncio.ensure_future(self._record_beside_write())
 
-    async def _record_beside_write(self) -> None:
-        try:
-            while not self._exchange.ended:
+    async def _record_beside_write(self) -> GatewayError:
+        while True:
+            try:
                 await self._exchange.read()
-        except GatewayError as failure:
-            log.warning("stream cut: %s", failure.log or failure.message)
+            except GatewayError as failure:
+                return failure
 
     def _ping_if_silent(self) -> None:
         silent = self._loop.time() - self._last_sent
-        if silent >= self._ping_seconds and not self._sending and not self._gone:
-            self._aside(self._write(sse.PING))
+        if silent >= self._ping_seconds and not self._writing and (self._ping is None or self._ping.done()):
+            self._ping = asyncio.ensure_future(self._send_ping())
             silent = 0
         self._ping_timer = self._loop.call_later(max(0.01, self._ping_seconds - silent), self._ping_if_silent)
 
-    def _aside(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+    async def _send_ping(self) -> None:
+        if not (self._gone or self._done or self._writing):
+            await self._send({"type": "http.response.body", "body": sse.PING, "more_body": True})
+            self._last_sent = self._loop.time()

@@ -28,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import socket
 import struct
 import time
@@ -461,6 +462,7 @@ class GatewayProtocol(HttpToolsProtocol):
         body = error_body(refusal.message, "invalid_request_error", refusal.code)
         headers = [*self.server_state.default_headers, (b"content-type", b"application/json")]
         headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        headers.append((b"x-request-id", b"req_" + secrets.token_hex(16).encode()))
         lines = [b"%s: %s\r\n" % header for header in headers]
         self._last_words = b"".join([STATUS_LINE[refusal.status], *lines, b"\r\n", body])
         if not self._is_answering():

@@ -28,12 +28,13 @@ def serve(
     workers: int,
     drain_seconds: float,
     on_started: Callable[[int], None] | None = None,
+    sock: socket.socket | None = None,
 ) -> int:
-    """Serves until a signal ends it, and returns the exit status. Port 0 picks a free one.
+    """Serves until a signal ends it, and returns the exit status. Port 0 picks a free one; `sock` listens already.
 
     `on_started(port)` is called once, when the server answers. With more than one worker `app_factory` is pickled.
     """
-    sock = listen(host, port)
+    sock = sock or listen(host, port)
     started = partial(on_started, sock.getsockname()[1]) if on_started is not None else None
     config = uvicorn.Config(
         app_factory,

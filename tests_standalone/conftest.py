@@ -128,7 +128,7 @@ class Unsteady:
         await self._answers.wait()
         return found
 
-    async def write(self, steps: Sequence[Step]) -> None:
+    async def write(self, steps: Sequence[Step], *, timeout: float | None = None) -> None:
         self.written.append(steps)
         self.down = self.down or (self.down_after is not None and len(self.written) > self.down_after)
         await self._pass()

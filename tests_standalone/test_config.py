@@ -472,7 +472,7 @@ def test_backends_without_mistakes() -> None:
     assert (backend.type, backend.base_url, backend.on_disconnect) == ("openai", "https://h.example/v1", "drain")
     assert backend.api_key.get_secret_value() == "sk-1"
     assert (backend.refuse, backend.models) == ((), ("a", "b"))
-    assert backend.timeouts.model_dump() == {"connect": 1, "first_byte": 120, "idle": 120, "total": 60}
+    assert backend.timeouts.model_dump() == {"connect": 1, "first_byte": 600, "idle": 120, "total": 60}
 
 
 def test_what_a_backend_has_when_it_says_nothing() -> None:

@@ -100,7 +100,7 @@ async def test_a_turn_is_all_there_when_record_returns(ledger: Ledger, migrated:
 
     assert await usage_ids(migrated) == {first.id, second.id}
     assert await rows(migrated, TOTALS) == [(2, 10, 5, 1000)]
-    assert await rows(migrated, SESSIONS) == [(1, 15, 1000)]
+    assert await rows(migrated, SESSIONS) == [(1, 5, 1000)]
     ((session,),) = await rows(migrated, "SELECT id FROM sessions")
     assert await rows(migrated, "SELECT session_id FROM usage_rows") == [(session,), (session,)]
     assert await rows(migrated, "SELECT session_id FROM conversations") == [(session,)]
@@ -156,7 +156,7 @@ async def test_many_at_once_all_become_durable(ledger: Ledger, unsteady: Unstead
     await asyncio.gather(*(one(found, number / 10_000) for number, found in enumerate(turns)))
     assert await usage_ids(migrated) == ids(*turns)
     assert await rows(migrated, TOTALS) == [(40, 200, 100, 20_000)] * 20
-    assert await rows(migrated, SESSIONS) == [(20, 400 * 15, 400_000)]
+    assert await rows(migrated, SESSIONS) == [(20, 400 * 5, 400_000)]
     assert len(unsteady.written) < 400
 
 
@@ -213,7 +213,7 @@ async def test_a_commit_whose_answer_was_lost_counts_once(
 
     assert await usage_ids(migrated) == ids(*turns)
     assert await rows(migrated, f"{TOTALS} ORDER BY id") == [(4, 20, 10, 2000), (2, 10, 5, 1000)]
-    assert await rows(migrated, SESSIONS) == [(2, 45, 3000)]
+    assert await rows(migrated, SESSIONS) == [(2, 15, 3000)]
     assert await rows(migrated, "SELECT COUNT(*) FROM messages") == [(6,)]
 
 
@@ -333,7 +333,7 @@ async def test_a_conversation_joins_the_session_unless_its_user_was_idle(
 async def test_users_have_sessions_of_their_own(ledger: Ledger, migrated: Database) -> None:
     await asyncio.gather(*(ledger.record(turn(talk(user_id=user))) for user in ("ann", "bob", "ann")))
     found = await rows(migrated, "SELECT user_id, conversation_count, total_tokens FROM sessions ORDER BY user_id")
-    assert found == [("ann", 1, 30), ("bob", 1, 15)]
+    assert found == [("ann", 1, 10), ("bob", 1, 5)]
 
 
 async def test_a_known_conversation_stays_in_its_session(ledger: Ledger, migrated: Database) -> None:
@@ -341,7 +341,7 @@ async def test_a_known_conversation_stays_in_its_session(ledger: Ledger, migrate
     await ledger.record(turn(first))
     later = talk(pk=first.pk, is_new=False, session_id=first.session_id, at=NOON + 10 * SESSION_IDLE_MS)
     await ledger.record(turn(later))
-    assert await rows(migrated, SESSIONS) == [(1, 30, 2000)]
+    assert await rows(migrated, SESSIONS) == [(1, 10, 2000)]
     assert await rows(migrated, "SELECT session_id FROM usage_rows") == [(first.session_id,)] * 2
     assert await rows(migrated, "SELECT last_activity FROM sessions") == [(later.at,)]
 
@@ -361,7 +361,7 @@ async def test_two_workers_on_one_conversation_leave_no_gap(tables_url: str) -> 
         ((conversations, tokens, cost),) = await rows(
             one, "SELECT SUM(conversation_count), SUM(total_tokens), SUM(total_cost_nanousd) FROM sessions"
         )
-        assert (conversations, tokens, cost) == (1, 900, 60_000)
+        assert (conversations, tokens, cost) == (1, 300, 60_000)
 
 
 async def test_sessions_are_the_sums_of_their_rows(tables_url: str) -> None:
@@ -370,7 +370,7 @@ async def test_sessions_are_the_sums_of_their_rows(tables_url: str) -> None:
         await asyncio.gather(*(ledger.record(found) for ledger, found in zip([left, right] * 45, turns, strict=True)))
 
         sums = """
-            SELECT session_id, SUM(input_tokens + output_tokens), SUM(cost_nanousd) FROM usage_rows
+            SELECT session_id, SUM(output_tokens), SUM(cost_nanousd) FROM usage_rows
             GROUP BY session_id ORDER BY session_id"""
         totals = "SELECT id, total_tokens, total_cost_nanousd FROM sessions WHERE total_tokens > 0 ORDER BY id"
         assert await rows(one, sums) == await rows(two, totals)

@@ -188,6 +188,7 @@ async def test_a_private_network_is_allowed_when_asked_for() -> None:
         (["https://a.example"], "https://a.example:8443", None),
         (["https://a.example"], "https://a.example.evil.example", None),
         (["https://a.example"], "null", None),
+        (["https://例え.example", "https://a.example"], "https://a.example", "https://a.example"),
         ([], "https://a.example", None),
     ],
 )
@@ -229,9 +230,10 @@ async def test_other_requests_know_nothing_of_it(path: str, headers: Iterable[tu
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-async def test_options_that_are_no_preflight_go_on() -> None:
-    answer = await ask(stack(ok), method="OPTIONS", headers=PREFLIGHT[:1])
-    assert answer.status == 200
+async def test_options_that_are_no_preflight_are_answered_too() -> None:
+    answer = await ask(stack(ok), path="/nope", method="OPTIONS", headers=PREFLIGHT[:1])
+    assert answer.status == 204
+    assert "GET" in answer.headers["allow"]
 
 
 # Request ids (A65)

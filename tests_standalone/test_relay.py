@@ -783,6 +783,10 @@ async def test_a_client_that_leaves_is_cancelled_wherever_it_was(rig: Rig, read:
     tokens = {"input_tokens": 3, "output_tokens": -(-len(text) // 4), "counted_by": "gateway"}
     if read == 5:
         tokens = {"input_tokens": 10, "output_tokens": 5, "counted_by": "upstream"}
+    if read == 0:  # the call was never sent, so there is none to count
+        await rig.check_rows()
+        assert upstream.asked == []
+        return
     await rig.check_rows(LEFT | tokens | {"ended_by": "cancel"})
     assert await rig.said() == ASKED + ([("assistant", text, "client_disconnected")] if text else [])
     assert all(stream.closed.is_set() for stream in upstream.streams)
@@ -885,7 +889,7 @@ async def test_a_client_that_does_not_wait_for_a_whole_reply(rig: Rig, policy: O
         exchange.client_left()
     calling = asyncio.ensure_future(exchange.complete())
     if when == "during it":
-        await asyncio.sleep(0)
+        await (asyncio.sleep(0) if policy == "drain" else settle())
         exchange.client_left()
     if policy == "drain":
         await calling
@@ -894,8 +898,9 @@ async def test_a_client_that_does_not_wait_for_a_whole_reply(rig: Rig, policy: O
     else:
         with pytest.raises(UpstreamError):
             await calling
-        await rig.check_rows(LEFT | {"ended_by": "cancel", "input_tokens": 3, "output_tokens": 0})
-        assert await rig.said() == ASKED
+        row = LEFT | {"ended_by": "cancel", "input_tokens": 3, "output_tokens": 0}
+        await rig.check_rows(*([row] if when == "during it" else []))
+        assert await rig.said() == (ASKED if when == "during it" else [])
 
 
 async def test_draining_a_whole_reply_ends_when_its_time_is_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -925,7 +930,6 @@ async def test_a_client_that_leaves_before_the_upstream_has_accepted(rig: Rig, p
     await rig.check_rows(LEFT | {"input_tokens": 3, "output_tokens": 0})
 
 
-@pytest.mark.xfail(strict=True, reason="an attempt that the upstream refused is charged when the client had left")
 @pytest.mark.parametrize("failure", [refusal(400), refusal(503), unreachable()], ids=str)
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_a_refusal_costs_nothing_even_if_the_client_has_left(
@@ -938,7 +942,6 @@ async def test_a_refusal_costs_nothing_even_if_the_client_has_left(
     await rig.check_rows({"cost_nanousd": 0, "charged": 0})
 
 
-@pytest.mark.xfail(strict=True, reason="the row says `cancel` where draining came to its bound")
 async def test_the_row_says_that_draining_ended_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relays, "DRAIN_SECONDS", 0.01)
     exchange = await rig.stream(Upstream("up", [*HELLO[:2], HANG]))
@@ -1000,11 +1003,10 @@ async def test_a_call_that_has_no_answer_yet_is_cut_recorded_and_told(
         with pytest.raises(Unavailable, match="shutting down") as caught:
             await calling
     assert caught.value.headers["x-should-retry"] == "false"
-    await rig.check_rows(CUT | {"input_tokens": 3, "output_tokens": 0})
-    assert await rig.said() == ASKED
+    await rig.check_rows(*([] if cut_before else [CUT | {"input_tokens": 3, "output_tokens": 0}]))
+    assert await rig.said() == ([] if cut_before else ASKED)
 
 
-@pytest.mark.xfail(strict=True, reason="the row of an interrupted call says `cancel`, though no client left")
 async def test_no_disconnect_policy_ended_a_call_that_was_cut(rig: Rig) -> None:
     exchange = await rig.stream(Upstream("up", HELLO))
     await exchange.open()
@@ -1048,8 +1050,8 @@ async def test_totals_are_those_of_the_rows(rig: Rig) -> None:
     totals = "SELECT total_tokens_input, total_tokens_output, total_cost_nanousd FROM conversations"
     assert await rows(rig.database, sums) == await rows(rig.database, totals)
     session = "SELECT total_tokens, total_cost_nanousd, conversation_count FROM sessions"
-    ((tokens_in, tokens_out, cost),) = await rows(rig.database, totals)
-    assert await rows(rig.database, session) == [(tokens_in + tokens_out, cost, 1)]
+    ((_, tokens_out, cost),) = await rows(rig.database, totals)
+    assert await rows(rig.database, session) == [(tokens_out, cost, 1)]
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -1086,7 +1088,6 @@ async def test_calls_side_by_side_do_not_mix(rig: Rig) -> None:
 # What nobody foresaw, and what is known to be wrong
 
 
-@pytest.mark.xfail(strict=True, reason="the first chunk is timed from the request, the row from its attempt")
 async def test_the_first_chunk_of_a_second_attempt_is_timed_like_its_row(rig: Rig) -> None:
     """Ten seconds went by before the attempt that answered began."""
     found = await rig.job(model(Upstream("up", HELLO)), stream=True)
@@ -1097,14 +1098,12 @@ async def test_the_first_chunk_of_a_second_attempt_is_timed_like_its_row(rig: Ri
     assert left[-2]["timings"]["prompt_ms"] < 10_000
 
 
-@pytest.mark.xfail(strict=True, reason="a mistake of ours in a backend leaves no row, though the upstream may be paid")
 async def test_a_mistake_in_a_backend_leaves_a_row(rig: Rig, call: Call) -> None:
-    with pytest.raises(ValueError, match="nobody foresaw"):
+    with pytest.raises(UpstreamError, match="could not read"):
         await call(Upstream("up", ValueError("nobody foresaw this")))
     assert len(await rig.rows()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the first of two `usage` members is shown, the second is recorded")
 async def test_doubled_usage_is_shown_as_it_was_recorded(rig: Rig) -> None:
     raw = b'{"usage":null,"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":5}}'
     reply = await (await rig.exchange(Upstream("up", Completion(raw, json.loads(raw))))).complete()

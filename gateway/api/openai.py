@@ -14,7 +14,7 @@ from gateway.backends.base import ModelInfo
 from gateway.catalog import Model
 from gateway.errors import BadRequest, ModelNotFound
 from gateway.middleware import header
-from gateway.relay import Exchange, Job
+from gateway.relay import Exchange, Job, StreamExchange
 from gateway.responses import Header, Receive, Scope, Send, StreamResponse, drive, header_value, send_json
 from gateway.wire.chat import ChatRequest, text_of
 from gateway.wire.jsontext import dumps
@@ -26,27 +26,34 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, found = time.perf_counter(), services(scope)
         caller = await identify(scope)
+        found.relay.ledger.check()
         request = ChatRequest.parse(await read_json_body(scope, receive))
         job = await self._job(scope, found, caller, request, started)
-        if request.stream:
-            exchange = found.relay.stream(job)
-            response = StreamResponse(
-                exchange,
-                found.drain,
-                lambda: _headers(exchange, started),
-                first_chunk_wait=found.settings.server.first_chunk_wait,
-            )
-            await response(receive, send)
-            return
-        whole = found.relay.exchange(job)
-        reply = await drive(whole, found.drain, receive)
+        exchange = found.relay.stream(job) if request.stream else found.relay.exchange(job)
+        try:
+            if isinstance(exchange, StreamExchange):
+                await self._stream(exchange, found, started, receive, send)
+            else:
+                await self._whole(exchange, found, started, receive, send)
+        finally:
+            scope["state"]["client_left"] = exchange.stopped == "client_disconnected"
+
+    async def _stream(
+        self, exchange: StreamExchange, found: Services, started: float, receive: Receive, send: Send
+    ) -> None:
+        wait = found.settings.server.first_chunk_wait
+        response = StreamResponse(exchange, found.drain, lambda: _headers(exchange, started), first_chunk_wait=wait)
+        await response(receive, send)
+
+    async def _whole(self, exchange: Exchange, found: Services, started: float, receive: Receive, send: Send) -> None:
+        reply = await drive(exchange, found.drain, receive)
         cost = [] if reply.cost is None else [(b"x-gateway-cost", f"{reply.cost:.9f}".encode())]
-        await send_json(send, 200, reply.body, [*_headers(whole, started), *cost])
+        await send_json(send, 200, reply.body, [*_headers(exchange, started), *cost])
 
     async def _job(self, scope: Scope, found: Services, caller: Caller, request: ChatRequest, started: float) -> Job:
-        model = await found.catalog.resolve(request.model)
+        model = await found.catalog.resolve(request.model or scope["state"].get("deployment"))
         scope["state"]["model"] = model.name
-        caller.check_model(model.name)
+        caller.check_model(model.name, request.model)
         _check_policy(found, model, request)
         end_user = _end_user(scope, request)
         talk = await found.conversations.open(caller, request, end_user)
@@ -102,7 +109,8 @@ def _headers(exchange: Exchange, started: float) -> list[Header]:
 def _check_policy(found: Services, model: Model, request: ChatRequest) -> None:
     """What this gateway's configuration refuses."""
     settings = found.settings
-    refused = next((key for route in model.routes for key in sorted(route.refuse) if key in request.data), None)
+    routes = [route for _, route in found.catalog.attempts(model)]
+    refused = next((key for route in routes for key in sorted(route.refuse) if key in request.data), None)
     if refused is not None:
         raise BadRequest(f"'{refused}' is not accepted by this gateway.", param=refused, code="unsupported_parameter")
     if request.stream and not settings.stream_responses:

@@ -44,7 +44,7 @@ class Ready:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = services(scope)
         cause = await _database_trouble(found)
-        checks = {"database": "ok" if cause is None else "down", "storage": "ok", "backends": "ok"}
+        checks = {"database": "ok" if cause is None else "down", "storage": "unused", "backends": found.catalog.health}
         ready = cause is None and not found.drain.stopping
         status = "ok" if ready else "draining" if found.drain.stopping else "unavailable"
         body: dict[str, Any] = {"status": status, "checks": checks}
@@ -84,4 +84,4 @@ async def _database_trouble(found: Services) -> str | None:
         await keys.state(found.database)
     except DatabaseUnavailable as failure:
         return failure.cause
-    return None
+    return found.relay.ledger.trouble

@@ -9,23 +9,26 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 import aiohttp
+from aiohttp.connector import Connection
 
-from gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 
 MAX_READ = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds; None: no limit."""
+    """Seconds; None: no limit. `first_byte` counts from when the request leaves; a whole answer has none before it is
+    done, so it is long."""
 
     connect: float | None = 5
-    first_byte: float | None = 120
+    first_byte: float | None = 600
     idle: float | None = 120
     total: float | None = None
 
@@ -72,34 +75,67 @@ class AiohttpTransport:
             max_line_size=64 << 10,
             max_field_size=64 << 10,
             read_bufsize=MAX_READ,
+            request_class=_MarkedRequest,
         )
 
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeouts: Timeouts
     ) -> Response:
-        limits = aiohttp.ClientTimeout(
-            total=timeouts.total, connect=timeouts.connect, sock_connect=timeouts.connect, sock_read=timeouts.idle
-        )
-        with _Mapped():
-            async with asyncio.timeout(_sum(timeouts.connect, timeouts.first_byte)):
-                response = await self._session.request(
-                    method, url, headers=headers, data=body, timeout=limits, allow_redirects=False
-                )
-        return _AiohttpResponse(response)
+        limits = aiohttp.ClientTimeout(total=timeouts.total, connect=timeouts.connect, sock_connect=timeouts.connect)
+        marker = _Marker(timeouts.first_byte)
+        token = _marker.set(marker)
+        try:
+            with _Mapped():
+                async with asyncio.timeout(None) as marker.timer:
+                    response = await self._session.request(
+                        method, url, headers=headers, data=body, timeout=limits, allow_redirects=False
+                    )
+        except asyncio.CancelledError:
+            if marker.sent:
+                raise
+            raise NeverSent("The call was ended before it was sent.", log="ended before sending") from None
+        finally:
+            _marker.reset(token)
+        return _AiohttpResponse(response, timeouts.idle)
 
     async def aclose(self) -> None:
         await self._session.close()
 
 
+class _Marker:
+    """Of one request: has it begun to leave? From then on the limit for its first byte runs."""
+
+    def __init__(self, first_byte: float | None) -> None:
+        self.sent = False
+        self.timer: asyncio.Timeout
+        self._first_byte = first_byte
+
+    def set(self) -> None:
+        self.sent = True
+        if self._first_byte is not None:
+            self.timer.reschedule(asyncio.get_running_loop().time() + self._first_byte)
+
+
+_marker: ContextVar[_Marker] = ContextVar("marker")
+
+
+class _MarkedRequest(aiohttp.ClientRequest):
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        _marker.get().set()
+        return await super().send(conn)
+
+
 class _AiohttpResponse:
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, idle: float | None) -> None:
+        self._idle = idle
         self._response = response
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
     async def read(self) -> bytes:
         with _Mapped():
-            return await self._response.content.readany()
+            async with asyncio.timeout(self._idle):
+                return await self._response.content.readany()
 
     async def read_all(self, limit: int) -> bytes:
         parts: list[bytes] = []
@@ -140,7 +176,3 @@ class _Mapped:
             raise UpstreamTimeout("The upstream did not answer in time.", log=cause) from failure
         if isinstance(failure, (aiohttp.ClientError, OSError, ValueError)):
             raise UpstreamError("The connection to the upstream broke.", log=cause) from failure
-
-
-def _sum(*parts: float | None) -> float | None:
-    return None if None in parts else sum(part for part in parts if part is not None)

@@ -57,6 +57,8 @@ async def _create(settings: Settings, options: argparse.Namespace) -> int:
     async with open_database(settings) as database:
         key, secret = await make_key(database, options.user, **fields)
     print(secret)
+    if any((key.requests_per_minute, key.tokens_per_minute, key.max_parallel, key.budget_nanousd)):
+        print("note: limits and budgets are stored with the key, but not enforced yet", file=sys.stderr)
     print(f"id {key.id}, user {key.user_id}. The key is shown this once; only its digest is kept.", file=sys.stderr)
     return 0
 

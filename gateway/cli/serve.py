@@ -15,7 +15,7 @@ from gateway.cli.common import open_database, settings_from
 from gateway.cli.keys import make_key
 from gateway.config import Settings, mask_url
 from gateway.errors import DatabaseUnavailable
-from gateway.serving import serve
+from gateway.serving import listen, serve
 from gateway.store import keys
 
 log = logging.getLogger("gateway")
@@ -25,15 +25,18 @@ def run(options: argparse.Namespace) -> int:
     flags = {"server.host": options.host, "server.port": options.port, "server.workers": options.workers}
     settings = settings_from(options, **flags)
     logs.configure(settings.server.log_format, settings.server.log_level)
-    first_key = asyncio.run(_prepare(settings))
-    return serve(
-        functools.partial(worker, settings),
-        host=settings.server.host,
-        port=settings.server.port,
-        workers=settings.server.workers,
-        drain_seconds=settings.server.drain_seconds,
-        on_started=functools.partial(_print_banner, settings, first_key),
-    )
+    sock = listen(settings.server.host, settings.server.port)  # before a key is made that nobody would see
+    with sock:
+        about_keys = asyncio.run(_prepare(settings))
+        return serve(
+            functools.partial(worker, settings),
+            host=settings.server.host,
+            port=settings.server.port,
+            workers=settings.server.workers,
+            drain_seconds=settings.server.drain_seconds,
+            on_started=functools.partial(_print_banner, settings, about_keys),
+            sock=sock,
+        )
 
 
 def worker(settings: Settings) -> Gateway:
@@ -42,18 +45,19 @@ def worker(settings: Settings) -> Gateway:
     return create_app(settings)
 
 
-async def _prepare(settings: Settings) -> str | None:
-    """Migrates before the workers start, and makes the first admin key where strangers could call. A database that
-    does not answer is no reason not to start: the workers wait for it."""
+async def _prepare(settings: Settings) -> str:
+    """Migrates before the workers start, and makes the first admin key where strangers could call; returns what the
+    banner says about keys. A database that does not answer is no reason not to start: the workers wait for it."""
     try:
         async with open_database(settings) as database:
-            if not _needs_first_key(settings) or (await keys.state(database)).ever_made:
-                return None
+            ever_made = (await keys.state(database)).ever_made
+            if not _needs_first_key(settings) or ever_made:
+                return _about_keys(settings, ever_made=ever_made)
             _, secret = await make_key(database, ADMIN_USER, name="first admin key", is_admin=True)
-            return secret
+            return f"  admin key   {secret}\n              Shown this once. Others: gateway keys create --user NAME"
     except DatabaseUnavailable as failure:
         log.error("the database does not answer, starting anyway: %s", failure.cause)
-        return None
+        return "  NOT READY   the database does not answer; every call is 503 until it does"
 
 
 def _needs_first_key(settings: Settings) -> bool:
@@ -68,7 +72,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _print_banner(settings: Settings, first_key: str | None, port: int) -> None:
+def _print_banner(settings: Settings, about_keys: str, port: int) -> None:
     host = settings.server.host
     shown = f"[{host}]" if ":" in host else host
     lines = [
@@ -85,7 +89,7 @@ def _print_banner(settings: Settings, first_key: str | None, port: int) -> None:
     asked = " and those that the backends list (GET /v1/models)" if _lists_more(settings) else ""
     lines.append(f"  models      {', '.join(dict.fromkeys(names))}{asked}".replace("       and", "       "))
     lines += [f"  note        {note}" for note in settings.notes]
-    lines.append(_about_keys(settings, first_key))
+    lines.append(about_keys)
     print("\n".join(lines), flush=True)
 
 
@@ -93,11 +97,10 @@ def _lists_more(settings: Settings) -> bool:
     return any(not fixed_models(backend) for backend in settings.backends.values())
 
 
-def _about_keys(settings: Settings, first_key: str | None) -> str:
-    if first_key is not None:
-        return f"  admin key   {first_key}\n              Shown this once. Others: gateway keys create --user NAME"
+def _about_keys(settings: Settings, *, ever_made: bool) -> str:
     if settings.auth.mode == "open":
         return "  keys        none are asked for (auth.mode: open)"
-    if settings.auth.mode == "auto" and _is_loopback(settings.server.host):
+    keyless = settings.auth.mode == "auto" and not ever_made and not settings.auth.admin_key.get_secret_value()
+    if keyless and _is_loopback(settings.server.host):
         return "  keys        none needed on this machine until you make one: gateway keys create --user NAME"
     return "  keys        every call needs one: gateway keys create --user NAME"

@@ -60,10 +60,11 @@ class Database(Protocol):
     async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:
         """Reads. Sees everything that `write` has acknowledged on any worker."""
 
-    async def write(self, steps: Sequence[Step]) -> None:
+    async def write(self, steps: Sequence[Step], *, timeout: float | None = None) -> None:
         """Runs the steps in one transaction, each statement once per parameter row; durable once this returns.
 
-        Steps without rows are left out. A deadlock or serialization failure is tried again a few times inside.
+        `timeout` in seconds replaces the engine's own where that is too short for what is written. Steps without rows
+        are left out. A deadlock or serialization failure is tried again a few times inside.
         """
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:

@@ -120,9 +120,13 @@ async def _apply_pending(database: Database, folder: Traversable | None) -> list
             try:
                 for statement in migration.statements:
                     await transaction.execute(statement)
-            except Exception as error:
-                error.add_note(f"in migration {migration.name}")
+            except DatabaseUnavailable:
                 raise
+            except Exception as error:
+                raise SchemaMismatch(
+                    f"migration {migration.name} cannot be applied ({error}): does this database belong to another "
+                    "program? Give the gateway one of its own (database.url)"
+                ) from error
             now = int(time.time() * 1000)
             await transaction.execute(RECORD, migration.version, migration.name, migration.sha256, now)
     return [migration.name for migration in todo]

@@ -75,6 +75,7 @@ class PostgresDatabase:
     CONNECT_TIMEOUT = 5.0
     FETCH_TIMEOUT = 2.0
     WRITE_TIMEOUT = 5.0
+    LONGEST_COMMAND = 60.0  # the deadline of the whole call ends it sooner
     MIGRATION_TIMEOUT = 3600.0
     CLOSE_TIMEOUT = 10.0
     ATTEMPTS = 5
@@ -98,7 +99,7 @@ class PostgresDatabase:
             max_size=self._pool_size,
             max_queries=1 << 62,  # to end a connection after some queries would make the last one wait for a goodbye
             timeout=self.CONNECT_TIMEOUT,
-            command_timeout=self.WRITE_TIMEOUT,
+            command_timeout=self.LONGEST_COMMAND,
             statement_cache_size=256 if self._statement_cache else 0,
             max_cached_statement_lifetime=0,
             server_settings={"application_name": "gateway", **settings},
@@ -125,11 +126,11 @@ class PostgresDatabase:
             with _mapped(connection):
                 return await connection.fetch(sql, *args)
 
-    async def write(self, steps: Sequence[Step]) -> None:
+    async def write(self, steps: Sequence[Step], *, timeout: float | None = None) -> None:
         work = [(sql, rows) for sql, rows in steps if rows]
         if not work:
             return
-        deadline = asyncio.get_running_loop().time() + self.WRITE_TIMEOUT
+        deadline = asyncio.get_running_loop().time() + max(timeout or 0, self.WRITE_TIMEOUT)
         for attempt in range(1, self.ATTEMPTS + 1):
             try:
                 async with self._connection(asyncio.timeout_at(deadline)) as connection:

@@ -87,7 +87,7 @@ class SqliteDatabase:
     async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:
         return await _opened(self._reader).run(lambda connection: _patiently(connection, sql, args))
 
-    async def write(self, steps: Sequence[Step]) -> None:
+    async def write(self, steps: Sequence[Step], *, timeout: float | None = None) -> None:
         work = [(sql, rows) for sql, rows in steps if rows]
         if not work:
             return

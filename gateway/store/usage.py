@@ -68,6 +68,10 @@ def insert(rows: Iterable[UsageRow]) -> Step:
     return _INSERT, [_VALUES(row) for row in rows]
 
 
+async def exists(database: Database, row_id: str) -> bool:
+    return bool(await database.fetch("SELECT 1 FROM usage_rows WHERE id = $1", row_id))
+
+
 async def summary(database: Database, by: Grouping, *, user_id: str | None, since: int | None) -> list[Row]:
     """Calls, tokens and cost by model, user, key or UTC day; biggest cost first, days in order."""
     order = "1" if by == "day" else "5 DESC, 1"

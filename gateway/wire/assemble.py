@@ -13,6 +13,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NEVER_JOINED = frozenset({"role", "id", "type", "name"})
 
 
+class _Text(list[str]):
+    """A string in the making. Its pieces are joined once, at the end: adding each to the last costs the square."""
+
+
 class Assembler:
     """Collects the deltas of each choice; `message` gives the assistant message as OpenAI would have sent it whole."""
 
@@ -55,8 +59,8 @@ class Assembler:
         if isinstance(calls, list):
             message["tool_calls"] = [_without_index(call) for call in calls]
             message["content"] = message["content"] or None
-        joined: dict[str, Any] = _join_surrogates(message)
-        return joined
+        finished: dict[str, Any] = _finished(message)
+        return finished
 
     @property
     def indexes(self) -> list[int]:
@@ -70,12 +74,14 @@ def _merge_into(target: dict[str, Any], key: str, value: Any) -> int:
         inside = target[key] = old if isinstance(old, dict) else {}
         return sum(_merge_into(inside, inner, item) for inner, item in value.items())
     if isinstance(value, list):
-        items = target[key] = old if isinstance(old, list) else []
+        items = target[key] = old if type(old) is list else []
         if key == "tool_calls":
             return _merge_calls(items, value)
         items.extend(value)
     elif isinstance(value, str) and key not in _NEVER_JOINED:
-        target[key] = old + value if isinstance(old, str) else value
+        if not isinstance(old, _Text):
+            old = target[key] = _Text()
+        old.append(value)
         return len(value)
     elif value is not None:
         target[key] = value
@@ -107,14 +113,16 @@ def _without_index(call: Any) -> Any:
     return {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
 
 
-def _join_surrogates(value: Any) -> Any:
-    """A pair that two deltas tore apart becomes its character again; one that stays alone stays as it is."""
+def _finished(value: Any) -> Any:
+    """Texts joined. A surrogate pair that two deltas tore apart becomes its character again; a lone one stays."""
+    if isinstance(value, _Text):
+        value = "".join(value)
     if isinstance(value, str):
         if _SURROGATE.search(value) is None:
             return value
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     if isinstance(value, dict):
-        return {key: _join_surrogates(item) for key, item in value.items()}
+        return {key: _finished(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_join_surrogates(item) for item in value]
+        return [_finished(item) for item in value]
     return value

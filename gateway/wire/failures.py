@@ -2,7 +2,7 @@
 
 Shapes: `{"error": {...}}`, `{"error": "text"}`, a flat object with `message` or `detail`, any of them in an array
 (Gemini), or no JSON at all. The client's own mistakes pass with the upstream's words; what only the operator can mend
-keeps its words for the log.
+keeps its words to itself.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def streamed_error(error: object) -> UpstreamError:
         message or "The upstream reported an error.",
         type=fields["type"] or "upstream_error" if fields else None,
         code=fields.get("code") or "upstream_error",
-        log=message[:200],
+        log=_for_the_log("in its reply", fields),
     )
 
 
 def error_from(data: object, status: int, headers: Mapping[str, str]) -> UpstreamError:
     """An upstream's error by its HTTP status (contract, section 8)."""
     message, fields = _read_error(data)
-    own_words = {"upstream_status": status, "log": f"upstream answered {status}: {message[:200]}"}
+    own_words = {"upstream_status": status, "log": _for_the_log(f"with status {status}", fields)}
     if status in _PASSED:
         kind = fields.get("type") or "invalid_request_error"
         return UpstreamError(
@@ -62,8 +62,14 @@ def error_from(data: object, status: int, headers: Mapping[str, str]) -> Upstrea
     return _operators_fault(status, own_words)
 
 
+def _for_the_log(how: str, fields: Mapping[str, str | None]) -> str:
+    """Never the upstream's sentence: it may quote a prompt or a key."""
+    said = " ".join(f"{key}={value[:80]}" for key, value in fields.items() if value and key != "param")
+    return f"the upstream failed {how} {said}".rstrip()
+
+
 def _operators_fault(status: int, own_words: dict[str, Any]) -> UpstreamError:
-    """What the client cannot mend: our key, our balance, the upstream's health. Its words stay in the log."""
+    """What the client cannot mend: our key, our balance, the upstream's health. Its words go nowhere."""
     if status in _OPERATORS:
         what = _OPERATORS[status]
         return UpstreamError(f"The upstream refused {what}. This is for the gateway's operator to mend.", **own_words)

@@ -15,7 +15,10 @@ from typing import Any
 import orjson
 
 MAX_DEPTH = 200
-_ODD_NUMBER = re.compile(rb"[0-9]{19}|[0-9][eE][+-]?[0-9]{3}|NaN|Infinity")
+_WALKED_BRACKETS = 50_000
+_NAMED_BYTES = 64 << 10
+# Where a number may stand and looks as if it might not fit; inside a string that is a coincidence, found out below.
+_ODD_NUMBER = re.compile(rb"(?:^|[:\[,\s])(-?[0-9]{19,}(?![0-9.eE])|-?[0-9][0-9.]*[eE][+-]?[0-9]{3,}|-?Infinity|NaN)")
 _LARGEST = 2**63
 _MOST_DIGITS = 308
 
@@ -28,7 +31,7 @@ def loads(raw: bytes) -> Any:
         if b"\\ud" not in raw and b"\\uD" not in raw:
             raise ValueError(_plain(failure)) from None
         value = _loads_surrogates(raw)
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+    if (brackets := raw.count(b"[") + raw.count(b"{")) > MAX_DEPTH and _too_deep(value, brackets):
         raise ValueError("it is nested too deeply")
     return value
 
@@ -42,6 +45,18 @@ def _loads_surrogates(raw: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as failure:
         raise ValueError(_plain(failure)) from None
+
+
+def _too_deep(value: object, brackets: int) -> bool:
+    """Exact for what a look at each node does not delay; for larger values, what orjson cannot write."""
+    if brackets > _WALKED_BRACKETS:
+        try:
+            orjson.dumps(value)
+            return False
+        except TypeError as failure:
+            if "ecursion" in str(failure):
+                return True
+    return _deeper_than(value, MAX_DEPTH)
 
 
 def _deeper_than(value: object, most: int) -> bool:
@@ -71,15 +86,36 @@ def numbers_out_of_range(raw: bytes) -> str | None:
     orjson turns such integers into floats without a word; a gateway that counts must not. Also for texts that `loads`
     refused because of such a number: it knows the column only.
     """
-    if _ODD_NUMBER.search(raw) is None:
+    if not any(_is_out_of_range(match[1]) for match in _ODD_NUMBER.finditer(raw)):
         return None
+    named = len(raw) <= _NAMED_BYTES
     try:
         data = json.loads(
-            raw, parse_int=_checked_int, parse_float=_checked_float, parse_constant=lambda _: _OutOfRange()
+            raw,
+            parse_int=_checked_int if named else _stop_at_int,
+            parse_float=_checked_float if named else _stop_at_float,
+            parse_constant=lambda _: _OutOfRange(),
         )
-        return _path_of_bad(data, "")
+        return _path_of_bad(data, "") if named else None
+    except _Found:
+        return "body"
     except (ValueError, RecursionError):
         return None
+
+
+def _is_out_of_range(token: bytes) -> bool:
+    text = token.decode()
+    if text.lstrip("-")[0] in "IN":
+        return True
+    check = _checked_int if text.lstrip("-").isdigit() else _checked_float
+    try:
+        return isinstance(check(text), _OutOfRange)
+    except ValueError:  # digits and dots that are no number
+        return False
+
+
+class _Found(Exception):
+    """A number in a large text is out of range; naming its place would take longer than it is worth."""
 
 
 class _OutOfRange:
@@ -94,6 +130,20 @@ def _checked_float(text: str) -> object:
     number = float(text)
     underflow = number == 0.0 and re.search(r"[1-9]", text.lower().partition("e")[0]) is not None
     return _OutOfRange() if math.isinf(number) or underflow else number
+
+
+def _stop_at_int(text: str) -> object:
+    return _stop(_checked_int(text))
+
+
+def _stop_at_float(text: str) -> object:
+    return _stop(_checked_float(text))
+
+
+def _stop(number: object) -> object:
+    if isinstance(number, _OutOfRange):
+        raise _Found
+    return number
 
 
 def _path_of_bad(value: object, path: str) -> str | None:

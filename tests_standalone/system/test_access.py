@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,38 @@ async def test_a_key_may_be_held_to_its_models(gateway: GatewayProcess) -> None:
     assert listed.json["data"] == []
 
 
+async def test_a_key_for_an_alias_can_use_it(start: Start) -> None:
+    models = {"fast": {"backend": "demo", "model": "echo", "aliases": ["quick"]}}
+    gateway = await start({"backends": {"demo": {"type": "scripted"}}, "models": models})
+    _, key = await asyncio.to_thread(gateway.create_key, "ann", models=["quick"])
+    headers = {"authorization": f"Bearer {key}"}
+    listed = await call(gateway.port, "GET", "/v1/models", headers)
+    assert [model["id"] for model in listed.json["data"]] == ["quick"]
+    assert (await post_chat(gateway.port, chat("quick"), headers)).status == 200
+    assert (await post_chat(gateway.port, chat("fast"), headers)).status == 403
+
+
+async def test_azure_shaped_paths_name_the_model(gateway: GatewayProcess) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    path = "/openai/deployments/echo/chat/completions?api-version=2024-10-21"
+    answer = await call(gateway.port, "POST", path, {"api-key": "any"}, body)
+    assert (answer.status, answer.json["model"]) == (200, "echo")
+    assert (await call(gateway.port, "GET", "/openai/v1/models")).json["data"][0]["id"] == "echo"
+
+
+async def test_no_key_is_made_for_a_gateway_that_cannot_listen(start: Start, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        gateway = GatewayProcess({"server": {"host": "0.0.0.0", "port": port}}, folder=tmp_path / "one")
+        gateway.launch()
+        assert await asyncio.to_thread(gateway.wait) == 1
+        assert f"port {port}" in gateway.logs()
+    assert "key_" not in gateway.run("keys", "list").stdout
+    gateway.close()
+
+
 async def test_a_stopped_database_lets_nobody_in(start: Start) -> None:
     server = running_postgres()
     gateway = await start({"database": {"url": server.create_database()}})
@@ -119,7 +152,7 @@ async def test_serving_other_machines_makes_the_first_admin_key_and_shows_it_onc
     assert (await ask(gateway)).status == 401
 
 
-async def test_another_peer_is_not_let_in_without_a_key(tmp_path, own_address: str) -> None:  # type: ignore[no-untyped-def] # pytest's
+async def test_another_peer_is_not_let_in_without_a_key(tmp_path: Path, own_address: str) -> None:
     """Under a server that makes no key: the peer's address alone decides."""
     port = free_port()
     arguments = ["-m", "uvicorn", "--factory", "gateway.app:create_app", "--host", "0.0.0.0", "--port", str(port)]

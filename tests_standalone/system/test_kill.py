@@ -95,8 +95,6 @@ async def _turns_are_whole(gateway: GatewayProcess) -> None:
     rows = await query("SELECT COUNT(*) AS n FROM usage_view WHERE conversation_id IS NOT NULL")
     talks = await query("SELECT COUNT(*) AS n FROM conversations_view")
     sessions = await query("SELECT SUM(conversation_count) AS n, SUM(total_tokens) AS tokens FROM sessions_view")
-    used = await query(
-        "SELECT SUM(input_tokens + output_tokens) AS tokens FROM usage_view WHERE session_id IS NOT NULL"
-    )
+    used = await query("SELECT SUM(output_tokens) AS tokens FROM usage_view WHERE session_id IS NOT NULL")
     assert rows[0]["n"] == talks[0]["n"] == sessions[0]["n"]
     assert sessions[0]["tokens"] == used[0]["tokens"]

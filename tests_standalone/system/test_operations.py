@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
+import struct
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from tests_standalone.support.upstream import ScriptedUpstream
 from tests_standalone.system.conftest import PRICE, Start, end, in_front_of
 from tests_standalone.system.http import Answer, answer_of, call, chat, post_chat, request_bytes
 
+RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER for a close that the other side sees at once."""
 PRICED = {"answer": {"backend": "up", "price": PRICE}, "held": {"backend": "up", "price": PRICE}}
 
 
@@ -115,6 +119,55 @@ async def test_database_down_means_503_and_no_upstream_call(upstream: ScriptedUp
         assert (await post_chat(gateway.port, chat("answer"))).status == 200
     finally:
         server.close()
+
+
+async def test_a_database_that_takes_no_writes_stops_new_work_too(upstream: ScriptedUpstream, start: Start) -> None:
+    """It reads, so only the commits can tell."""
+    server = launch()
+    try:
+        url = server.create_database()
+        name = url.rsplit("/", 1)[1]
+        gateway = await start(in_front_of(upstream, url, models=PRICED))
+        assert (await post_chat(gateway.port, chat("answer"))).status == 200
+        server.admin(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        server.stop("fast")
+        server.start()
+        first = asyncio.create_task(post_chat(gateway.port, chat("answer")))
+        await upstream.until(lambda tally: len(tally) == 2)
+        while (await call(gateway.port, "GET", "/health/ready")).status == 200:
+            await asyncio.sleep(0.05)
+        refused = [await post_chat(gateway.port, chat("answer", stream=stream)) for stream in (False, True)]
+        assert [answer.json["error"]["code"] for answer in refused] == ["unavailable"] * 2
+        assert all("retry-after" in answer.headers for answer in refused)
+        assert len(upstream.tally) == 2
+        assert (await first).json["error"]["code"] == "not_recorded"
+        server.admin(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+        server.stop("fast")
+        server.start()
+        while (await call(gateway.port, "GET", "/health/ready")).status != 200:
+            await asyncio.sleep(0.05)
+        assert (await post_chat(gateway.port, chat("answer"))).status == 200
+        assert len(gateway.query("SELECT * FROM usage_view")) == 3
+    finally:
+        server.close()
+
+
+async def test_a_client_that_leaves_before_anything_was_sent_leaves_no_row(
+    upstream: ScriptedUpstream, start: Start
+) -> None:
+    """As many rows as the upstream was called, however early clients go."""
+    gateway = await start(in_front_of(upstream))
+    for number in range(60):
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(request_bytes("POST", "/v1/chat/completions", body=chat("slow-start", user=f"p{number}")))
+        await asyncio.sleep(number * 0.0001)
+        writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        writer.transport.abort()
+    assert (await post_chat(gateway.port, chat("answer", user="last"))).status == 200
+    await upstream.settled()
+    await end(gateway)
+    booked = [row["end_user"] for row in gateway.query("SELECT end_user FROM usage_view")]
+    assert sorted(booked) == sorted(record.probe or "" for record in upstream.tally)
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

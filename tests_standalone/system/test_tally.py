@@ -65,8 +65,11 @@ def _cost(usage: Any) -> float:
 
 async def _totals_agree(gateway: Any) -> None:
     """What conversations and sessions say they used is what their rows say."""
-    sums = "SUM(input_tokens + output_tokens) AS tokens, SUM(cost_usd) AS cost"
-    for view, key in (("conversations_view", "conversation_id"), ("sessions_view", "session_id")):
+    for view, key, counted in (
+        ("conversations_view", "conversation_id", "input_tokens + output_tokens"),
+        ("sessions_view", "session_id", "output_tokens"),  # a session counts what was answered
+    ):
+        sums = f"SUM({counted}) AS tokens, SUM(cost_usd) AS cost"
         rows = await asyncio.to_thread(gateway.query, f"SELECT * FROM {view}")
         used = await asyncio.to_thread(
             gateway.query, f"SELECT {key} AS id, {sums} FROM usage_view WHERE {key} IS NOT NULL GROUP BY {key}"
