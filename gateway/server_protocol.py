@@ -38,7 +38,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import httptools
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -91,9 +91,12 @@ class Outlet:
 class GatewayCycle(RequestResponseCycle):
     """One request and its answer. Differs from uvicorn's in how it ends."""
 
+    _until_close = False
+
     async def run_asgi(self, app: ASGI3Application) -> None:
         try:
-            await app(self.scope, self.receive, self.send)
+            old = self.scope["http_version"] == "1.0"
+            await app(self.scope, self.receive, self._send_unframed if old else self.send)
         except asyncio.CancelledError:  # the drain is over; nobody waits for this task, so it may end quietly
             await self._fail(503, "service_unavailable_error", "unavailable", "The gateway is shutting down.")
         except Exception:
@@ -105,6 +108,16 @@ class GatewayCycle(RequestResponseCycle):
             await self._fail(500, "server_error", None, "The gateway had no answer to the request.")
         finally:
             self.on_response = lambda: None
+
+    async def _send_unframed(self, message: ASGISendEvent) -> None:
+        """For HTTP/1.0, which knows no chunks: a body without a length ends with the connection."""
+        if message["type"] == "http.response.start":
+            told = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            self.chunked_encoding = None if told else False
+            self._until_close = not told
+        elif message["type"] == "http.response.body" and self._until_close:
+            self.expected_content_length = len(message.get("body", b""))
+        await self.send(message)
 
     async def _fail(self, status: int, kind: str, code: str | None, message: str) -> None:
         """Ends an answer that the application left unfinished; does nothing after a finished one."""

@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, BodyTooLarge
 from gateway.wire import splice
 from gateway.wire.jsontext import dumps, loads, numbers_out_of_range
 
 Message = dict[str, Any]
 
 _MOST_TOKENS = 10**9
+_MOST_MARKS = ((b"[", 500_000), (b"{", 500_000), (b'":', 500_000), (b",", 2_000_000))
+"""More than any conversation has, text included; what has more would hold up a worker for seconds."""
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 
 
@@ -32,6 +34,8 @@ class ChatRequest:
     @classmethod
     def parse(cls, raw: bytes) -> ChatRequest:
         """Checks what the gateway acts on; everything else is the upstream's to judge. Raises BadRequest."""
+        if any(raw.count(mark) > most for mark, most in _MOST_MARKS):
+            raise BodyTooLarge("The body holds too many JSON values to be read while others wait.")
         try:
             data = loads(raw)
         except ValueError as failure:

@@ -159,6 +159,18 @@ async def test_leaving_before_the_first_chunk_and_leaving_a_json_call_are_record
     assert [(row["status"], row["output_tokens"]) for row in rows] == [("client_disconnected", 0)] * 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_of_http_1_0_gets_no_chunk_framing(gateway: GatewayProcess, stream: bool) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    request = request_bytes("POST", "/v1/chat/completions", body=chat("answer", stream=stream))
+    writer.write(request.replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert body.startswith(b"data: {" if stream else b"{")
+    assert body.endswith(b"data: [DONE]\n\n" if stream else b"}")
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, BodyTooLarge
 from gateway.wire.chat import ChatRequest, Chunk, Usage, text_of
 from gateway.wire.jsontext import dumps
 
@@ -380,3 +380,9 @@ class TestChunk:
 )
 def test_text_of(content: object, text: str) -> None:
     assert text_of(content) == text
+
+
+@pytest.mark.parametrize("many", [b"[" + b"[]," * 600_000 + b"[]]", b"{" + b'"a":1,' * 600_000 + b'"b":1}'])
+def test_a_body_of_more_values_than_a_worker_has_time_for(many: bytes) -> None:
+    with pytest.raises(BodyTooLarge, match="too many JSON values"):
+        ChatRequest.parse(b'{"messages":[{"role":"user","content":"x"}],"x":' + many + b"}")
