@@ -24,11 +24,13 @@ class Outcome:
     finish_reason: str | None
     ended_by: str | None = None
     ttft_ms: int | None = None
+    cost_unknown: bool = False
+    """Something may have been used that nobody reported."""
 
 
-def nothing(status: Status) -> Outcome:
-    """For an attempt that brought nothing and cost nothing."""
-    return Outcome(status, Usage(), "gateway", None)
+def nothing(status: Status, *, cost_unknown: bool = False) -> Outcome:
+    """For an attempt that brought nothing: because it was refused, or (`cost_unknown`) because no answer came."""
+    return Outcome(status, Usage(), "gateway", None, cost_unknown=cost_unknown)
 
 
 class Meter:
@@ -46,7 +48,7 @@ class Meter:
         """The row of the attempt that began at `started` (perf_counter) and is now over; kept in `rows`."""
         usage, price = outcome.usage, route.price
         spent = usage.input_tokens + usage.output_tokens
-        cost = 0 if not spent else price.cost(usage) if price is not None else None
+        cost = None if outcome.cost_unknown else 0 if not spent else price.cost(usage) if price is not None else None
         row = UsageRow(
             id=f"use_{secrets.token_hex(16)}",
             request_id=self._request_id,
@@ -69,7 +71,7 @@ class Meter:
             audio_output_tokens=usage.audio_output_tokens,
             counted_by=outcome.counted_by,
             price=price.to_json() if price is not None else None,
-            price_unknown=int(cost is None),
+            price_unknown=int(cost is None and not (outcome.cost_unknown and price is not None)),
             cost_nanousd=cost,
             charged=int(charged),
             status=outcome.status,

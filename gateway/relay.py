@@ -153,7 +153,7 @@ class Exchange:
                 if self.stopped or self._committed or follower is None or not _may_follow(failure, route, follower):
                     raise
                 log.warning("%s failed (%s), trying again", route.backend.name, failure.log or failure.message)
-                self._row(nothing("error"), charged=False)
+                self._row(nothing("error", cost_unknown=not _refused(failure)), charged=False)
         raise AssertionError("a model has at least one route")
 
     async def _run(self, work: Awaitable[T]) -> T:
@@ -243,7 +243,8 @@ class Exchange:
         if isinstance(failure, NeverSent) and not self._meter.rows:
             return _cut_short() if self.stopped == "interrupted" else failure
         cut_short = self.stopped is not None and not _refused(failure)
-        outcome = self._outcome(None, [], None) if cut_short else nothing("error")
+        unknown = not _refused(failure)
+        outcome = self._outcome(None, [], None) if cut_short else nothing("error", cost_unknown=unknown)
         row = self._row(outcome, charged=cut_short)
         if isinstance(failure, UpstreamError) and failure.status >= 500:
             failure.headers.setdefault("x-should-retry", "false")

@@ -262,6 +262,14 @@ FAILED_ROW = {
     "status": "error", "input_tokens": 0, "output_tokens": 0, "cost_nanousd": 0, "price_unknown": 0, "charged": 0,
     "finish_reason": None, "ended_by": None,
 }  # fmt: skip
+
+
+def failed_row(failure: UpstreamError) -> dict[str, Any]:
+    """What nobody answered may have cost something; what was refused or not reached has cost nothing."""
+    refused = failure.upstream_status is not None or isinstance(failure, UpstreamUnreachable)
+    return FAILED_ROW | ({} if refused else {"cost_nanousd": None})
+
+
 SAID = [("user", "12characters", None), ("assistant", "hello", "stop")]
 ASKED = SAID[:1]
 
@@ -436,7 +444,7 @@ async def test_no_other_failure_is_tried_again_on_the_same_route(rig: Rig, call:
     assert caught.value is failure
     assert ("x-should-retry" in failure.headers) is (failure.status >= 500)
     assert len(upstream.asked) == 1
-    await rig.check_rows(FAILED_ROW)
+    await rig.check_rows(failed_row(failure))
     assert await rig.said() == []
     assert await rows(rig.database, "SELECT id FROM conversations") == []
 
@@ -452,7 +460,7 @@ async def test_the_next_route_is_tried_after_any_failure_that_is_not_the_clients
 ) -> None:
     first, second = Upstream("first", failure), Upstream("up", answer(call))
     await call(first, second)
-    await rig.check_rows(FAILED_ROW | {"backend": "first"}, OK_ROW)
+    await rig.check_rows(failed_row(failure) | {"backend": "first"}, OK_ROW)
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 415, 422])
@@ -663,7 +671,7 @@ async def test_a_first_chunk_that_is_none_is_a_failed_attempt(rig: Rig, reads: l
         left, failure = await drive_until_failure(exchange)
         assert left == []
         assert failure.status in (400, 502, 504)
-        await rig.check_rows(FAILED_ROW)
+        await rig.check_rows(failed_row(failure))
         assert await rig.said() == []
     assert upstream.streams[0].closed.is_set()
 
@@ -671,7 +679,7 @@ async def test_a_first_chunk_that_is_none_is_a_failed_attempt(rig: Rig, reads: l
 async def test_a_first_chunk_that_is_none_leads_to_the_next_route(rig: Rig) -> None:
     for_the_first = Upstream("first", [[{"error": {"message": "something"}}]])
     assert texts(await drive(await rig.stream(for_the_first, Upstream("up", HELLO)))) == "hello"
-    await rig.check_rows(FAILED_ROW | {"backend": "first"}, OK_ROW)
+    await rig.check_rows(FAILED_ROW | {"backend": "first", "cost_nanousd": None}, OK_ROW)
 
 
 async def test_no_attempt_follows_once_the_client_has_its_status(rig: Rig) -> None:

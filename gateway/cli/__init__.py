@@ -19,7 +19,7 @@ from gateway import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = _parser().parse_args(argv)
-    from gateway.errors import ConfigError, GatewayError
+    from gateway.errors import ConfigError, DatabaseUnavailable, GatewayError
     from gateway.store.database import RowRejected
 
     command = importlib.import_module(f"gateway.cli.{options.module}")
@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as failure:
         for problem in failure.problems:
             print(f"error: {problem}", file=sys.stderr)
+        return 1
+    except DatabaseUnavailable as failure:
+        advice = "Check database.url (DATABASE_URL) and that the database runs."
+        print(f"error: the database cannot be used: {failure.cause}. {advice}", file=sys.stderr)
         return 1
     except GatewayError as failure:
         print(f"error: {failure.log or failure.message}", file=sys.stderr)

@@ -117,6 +117,8 @@ def _check(data: Mapping[str, Any]) -> None:
         ("user", str, "a string"),
         ("safety_identifier", str, "a string"),
         ("tools", list, "an array"),
+        ("logit_bias", dict, "an object"),
+        ("stop", (str, list), "a string or an array of strings"),
     ):
         if data.get(key) is not None and not isinstance(data[key], kind):
             raise BadRequest(f"'{key}' must be {words}.", param=key, code="invalid_type")
@@ -124,8 +126,9 @@ def _check(data: Mapping[str, Any]) -> None:
         value = data.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or abs(value) > _MOST_TOKENS):
             raise BadRequest(f"'{key}' must be a whole number.", param=key, code="invalid_type")
-    if not 1 <= (1 if data.get("n") is None else data["n"]) <= 128:
-        raise BadRequest("'n' must be between 1 and 128.", param="n", code="invalid_value")
+    for key, least, most in (("n", 1, 128), ("top_logprobs", 0, 20)):
+        if data.get(key) is not None and not least <= data[key] <= most:
+            raise BadRequest(f"'{key}' must be between {least} and {most}.", param=key, code="invalid_value")
 
 
 def _check_message(message: object, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -464,6 +465,7 @@ def listening(monkeypatch: pytest.MonkeyPatch, own_logging: None) -> list[dict[s
         return 0
 
     monkeypatch.setattr(serving, "serve", serve)
+    monkeypatch.setattr(serving, "listen", lambda host, port: socket.socket())
     return calls
 
 

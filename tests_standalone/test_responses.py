@@ -1,0 +1,189 @@
+"""Our streaming response, driven as a server drives it: what is sent, when, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from gateway.drain import Drain
+from gateway.errors import BadRequest, UpstreamError
+from gateway.responses import StreamResponse, header_value
+
+Read = Callable[[], Awaitable[bytes]]
+
+
+class Exchange:
+    """What a StreamResponse asks of an exchange; each read is a function of the test's. The last one ends it."""
+
+    def __init__(self, *reads: Read) -> None:
+        self._reads = list(reads)
+        self.ended = False
+        self.committed = False
+        self.told: list[str] = []
+
+    async def open(self) -> bytes:
+        return await self._next()
+
+    async def read(self) -> bytes:
+        return await self._next()
+
+    async def _next(self) -> bytes:
+        read = self._reads.pop(0)
+        self.ended = not self._reads
+        return await read()
+
+    def status_sent(self) -> None:
+        self.committed = True
+
+    def client_left(self) -> None:
+        self.told.append("client_left")
+
+    def interrupt(self) -> None:
+        self.told.append("interrupt")
+
+
+class Client:
+    """Takes messages while `open`; leaves when told."""
+
+    def __init__(self) -> None:
+        self.got: list[dict[str, Any]] = []
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.left = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        await self.reading.wait()
+        self.got.append(message)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.got)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.got) and self.got[-1].get("more_body") is False
+
+
+def gives(data: bytes) -> Read:
+    async def read() -> bytes:
+        return data
+
+    return read
+
+
+def waits(seconds: float, data: bytes) -> Read:
+    async def read() -> bytes:
+        await asyncio.sleep(seconds)
+        return data
+
+    return read
+
+
+def fails(failure: Exception, after: float = 0) -> Read:
+    async def read() -> bytes:
+        await asyncio.sleep(after)
+        raise failure
+
+    return read
+
+
+async def respond(exchange: Exchange, client: Client, drain: Drain | None = None, **options: float) -> None:
+    wait = options.pop("first_chunk_wait", 5)
+    response = StreamResponse(exchange, drain or Drain(), list, first_chunk_wait=wait, **options)  # type: ignore[arg-type] # as far as it is asked
+    await response(client.receive, client.send)
+
+
+async def test_each_read_is_one_send_and_the_last_one_ends_the_reply() -> None:
+    client = Client()
+    await respond(Exchange(gives(b"a"), gives(b""), gives(b"b"), gives(b"c")), client)
+    assert [message.get("body") for message in client.got] == [None, b"a", b"b", b"c"]
+    assert client.finished
+    headers = dict(client.got[0]["headers"])
+    assert headers[b"content-type"] == b"text/event-stream; charset=utf-8"
+    assert headers[b"cache-control"] == b"no-store"
+
+
+async def test_silence_is_filled_with_pings_of_a_single_line_between_events() -> None:
+    client = Client()
+    await respond(Exchange(gives(b"data: 1\n\n"), waits(0.12, b"data: 2\n\n")), client, ping_seconds=0.03)
+    first, *pings, last = [message["body"] for message in client.got[1:]]
+    assert (first, last) == (b"data: 1\n\n", b"data: 2\n\n")
+    assert len(pings) >= 2
+    assert set(pings) == {b": ping\n"}
+
+
+async def test_no_ping_goes_out_while_chunks_come() -> None:
+    client = Client()
+    await respond(Exchange(*(waits(0.005, b"x") for _ in range(20))), client, ping_seconds=0.5)
+    assert b"ping" not in client.body
+
+
+async def test_the_status_waits_for_the_first_chunk_so_a_refusal_is_a_real_one() -> None:
+    client = Client()
+    with pytest.raises(BadRequest):
+        await respond(Exchange(fails(BadRequest("no"))), client)
+    assert client.got == []
+
+
+async def test_a_late_first_chunk_has_its_status_before_it_and_may_ping() -> None:
+    client, exchange = Client(), Exchange(waits(0.1, b"late"), gives(b"end"))
+    await respond(exchange, client, first_chunk_wait=0.01, ping_seconds=0.02)
+    assert exchange.committed
+    assert client.got[0]["status"] == 200
+    assert client.got[1]["body"] == b": ping\n"
+    assert client.body.endswith(b"lateend")
+
+
+@pytest.mark.parametrize("late", [True, False])
+async def test_a_failure_after_the_status_is_one_event_and_no_end(late: bool) -> None:
+    client, failure = Client(), UpstreamError("It broke.")
+    reads = [fails(failure, after=0.05)] if late else [gives(b"data: 1\n\n"), fails(failure)]
+    await respond(Exchange(*reads), client, first_chunk_wait=0.01)
+    assert client.body.count(b"data: {") == 1
+    assert b'"message":"It broke."' in client.body
+    assert client.got[-1]["more_body"] is True
+    assert not client.finished
+
+
+async def test_a_client_that_left_is_sent_nothing_more_and_the_exchange_goes_on_to_its_end() -> None:
+    client, exchange = Client(), Exchange(gives(b"a"), waits(0.03, b"b"), gives(b"c"))
+    task = asyncio.ensure_future(respond(exchange, client))
+    await asyncio.sleep(0.01)
+    client.left.set()
+    await task
+    assert exchange.told == ["client_left"]
+    assert exchange.ended
+    assert client.body == b"a"
+
+
+async def test_the_cut_is_told_even_to_a_client_that_was_not_reading_then() -> None:
+    client, drain = Client(), Drain()
+    exchange = Exchange(gives(b"a"), gives(b"b"), fails(UpstreamError("Shutting down.")))
+    client.reading.clear()
+    task = asyncio.ensure_future(respond(exchange, client, drain))
+    await asyncio.sleep(0.01)
+    client.reading.set()
+    await asyncio.sleep(0)
+    client.reading.clear()
+    await asyncio.sleep(0.01)
+    drain.cut()
+    client.reading.set()
+    await task
+    assert exchange.told == ["interrupt"]
+    assert b"Shutting down." in client.body
+    assert not client.finished
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("gpt-4o", b"gpt-4o"), ("a b", b"a b"), ("é\r\nx: y", b"%C3%A9%0D%0Ax: y"), ("\ud800", b"?"), ("", b"")],
+)
+def test_any_text_fits_into_a_header(text: str, value: bytes) -> None:
+    assert header_value(text) == value
