@@ -223,12 +223,11 @@ class Exchange:
     def _reply_body(self, completion: Completion, outcome: Outcome, row: UsageRow) -> bytes:
         data, cost = completion.data, usd(row.cost_nanousd)
         told = data.get("usage")
+        changes: dict[str, splice.Change] = {"cost": dumps(cost)}
         if isinstance(told, dict) and outcome.counted_by == "upstream":
-            place = [member for member in splice.members(completion.raw) if member.key == "usage"][-1]
-            text = splice.edit(completion.raw[place.value : place.end], told, {"cost": dumps(cost)})
+            changes["usage"] = lambda text: splice.edit(text, told, {"cost": dumps(cost)})
         else:
-            text = dumps({**outcome.usage.to_openai(), "cost": cost})
-        changes: dict[str, bytes | None] = {"usage": text, "cost": dumps(cost)}
+            changes["usage"] = dumps({**outcome.usage.to_openai(), "cost": cost})
         if self.conversation_id is not None:
             changes["conversation_id"] = dumps(self.conversation_id)
         if "timings" not in data:

@@ -8,7 +8,7 @@ what these functions trust.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from gateway.wire.jsontext import dumps, loads
@@ -57,14 +57,18 @@ def _member(raw: bytes, key_at: tuple[str, int], value_at: int, stop: int) -> Me
     )
 
 
-def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, bytes | None]) -> bytes:
-    """`raw` with members set to the given JSON texts, or taken out (None).
+Change = bytes | None | Callable[[bytes], bytes]
+"""A member's new JSON text, None to take it out, or a function from the text it has to the one it shall have."""
+
+
+def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> bytes:
+    """`raw` with members changed.
 
     `data` is what `raw` parses to. New members go to the end. An object with a doubled key among the changed ones is
     written anew from `data`, so that nobody downstream can read another value than we did.
     """
     replaced = {key: text for key, text in changes.items() if key in data}
-    added = {key: text for key, text in changes.items() if key not in data and text is not None}
+    added = {key: text for key, text in changes.items() if key not in data and isinstance(text, bytes)}
     if replaced:
         raw = _edit_members(raw, data, replaced)
         if len(replaced) == len(data) and not any(replaced.values()):
@@ -76,12 +80,12 @@ def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, bytes | None
     return b"".join((raw[:close].rstrip(_SPACE), b"," if data else b"", tail, raw[close:]))
 
 
-def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, bytes | None]) -> bytes:
+def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> bytes:
     places = members(raw)
     keys = [place.key for place in places]
     if any(keys.count(key) != 1 for key in changes):
         kept = {key: dumps(value) for key, value in data.items()}
-        kept.update({key: text for key, text in changes.items() if text is not None})
+        kept.update({key: _text(text, kept[key]) for key, text in changes.items() if text is not None})
         gone = {key for key, text in changes.items() if text is None}
         return b"{" + b",".join(dumps(key) + b":" + text for key, text in kept.items() if key not in gone) + b"}"
     out: list[bytes] = []
@@ -91,7 +95,7 @@ def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, byt
             continue
         text = changes[place.key]
         if text is not None:
-            out += (raw[at : place.value], text)
+            out += (raw[at : place.value], _text(text, raw[place.value : place.end]))
             at = place.end
         elif index + 1 < len(places):
             out.append(raw[at : place.start])
@@ -101,6 +105,10 @@ def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, byt
             del out[:-1]
             at = place.end
     return b"".join((*out, raw[at:]))
+
+
+def _text(change: bytes | Callable[[bytes], bytes], old: bytes) -> bytes:
+    return change if isinstance(change, bytes) else change(old)
 
 
 def _without_last_comma(text: bytes) -> bytes:
