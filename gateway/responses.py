@@ -64,12 +64,11 @@ def header_value(text: str) -> bytes:
     return quote(text, safe=" !#$&'()*+,/:;=?@[]~", errors="replace").encode()
 
 
-async def drive(exchange: Exchange, drain: Drain, receive: Receive) -> Reply:
+async def drive(exchange: Exchange, receive: Receive) -> Reply:
     """A whole reply, while watching whether the client is still there. Raises GatewayError."""
     watcher = asyncio.create_task(_tell_when_gone(receive, exchange.client_left))
     try:
-        with drain.entered(exchange.interrupt):
-            return await exchange.complete()
+        return await exchange.complete()
     finally:
         watcher.cancel()
 

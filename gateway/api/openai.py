@@ -34,7 +34,7 @@ class ChatCompletions:
             if isinstance(exchange, StreamExchange):
                 await self._stream(exchange, found, started, receive, send)
             else:
-                await self._whole(exchange, found, started, receive, send)
+                await self._whole(exchange, started, receive, send)
         finally:
             scope["state"]["client_left"] = exchange.stopped == "client_disconnected"
 
@@ -45,8 +45,8 @@ class ChatCompletions:
         response = StreamResponse(exchange, found.drain, lambda: _headers(exchange, started), first_chunk_wait=wait)
         await response(receive, send)
 
-    async def _whole(self, exchange: Exchange, found: Services, started: float, receive: Receive, send: Send) -> None:
-        reply = await drive(exchange, found.drain, receive)
+    async def _whole(self, exchange: Exchange, started: float, receive: Receive, send: Send) -> None:
+        reply = await drive(exchange, receive)
         cost = [] if reply.cost is None else [(b"x-gateway-cost", f"{reply.cost:.9f}".encode())]
         await send_json(send, 200, reply.body, [*_headers(exchange, started), *cost])
 
