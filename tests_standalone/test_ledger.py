@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from gateway import ledger as ledgers
-from gateway.errors import NotRecorded
+from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ledger import SESSION_IDLE_MS, Ledger, Turn
 from gateway.store.conversations import ConversationTurn, StoredMessage
-from gateway.store.database import Database
+from gateway.store.database import Database, Step
 from gateway.store.usage import UsageRow
 from tests_standalone.conftest import NOON, Unsteady, eventually, opened, rows, settle, usage_row
 
@@ -473,3 +473,50 @@ def test_what_is_logged_of_a_turn_is_no_content() -> None:
     assert line.startswith("request=req_1 attempt=1 user=ann model=m status=ok input=10 output=5 cost_nanousd=1000")
     assert "text" not in line
     assert "kid" not in line
+
+
+# A database that takes no more than so much at once, or nothing
+
+
+class Narrow(Unsteady):
+    """Times out on more turns than `most` in one commit, as a slow line does."""
+
+    most = 3
+
+    async def write(self, steps: Sequence[Step], *, timeout: float | None = None) -> None:
+        if sum(len(rows) for sql, rows in steps if "INTO usage_rows" in sql) > self.most:
+            raise DatabaseUnavailable("no answer in time")
+        await super().write(steps, timeout=timeout)
+
+
+async def test_a_batch_that_is_too_much_is_made_smaller_until_it_goes_through(migrated: Database) -> None:
+    narrow = Narrow(migrated)
+    async with running(narrow) as ledger:
+        turns = [turn() for _ in range(40)]
+        await asyncio.gather(*await held(ledger, narrow, *turns))
+    assert ids(*turns) <= await usage_ids(migrated)
+
+
+async def test_large_turns_go_in_batches_of_a_bounded_size_and_get_time_for_it(
+    ledger: Ledger, unsteady: Unsteady, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledgers, "MOST_BATCH_BYTES", 2500)
+    large = [talk(f"t{number}") for number in range(6)]
+    for found in large:
+        found.messages = [StoredMessage(f"msg_{secrets.token_hex(16)}", "user", f'"{"x" * 998}"', None, None)]
+    await asyncio.gather(*await held(ledger, unsteady, *(turn(found) for found in large)))
+    sizes = [len(step[1]) for steps in unsteady.written for step in steps if "INTO usage_rows" in step[0]]
+    assert sizes == [1, 2, 2, 2]
+
+
+async def test_while_commits_fail_nothing_new_may_start(ledger: Ledger, unsteady: Unsteady) -> None:
+    ledger.check()
+    unsteady.down = True
+    waiting = asyncio.create_task(ledger.record(turn()))
+    while ledger.trouble is None:
+        await asyncio.sleep(0.001)
+    with pytest.raises(DatabaseUnavailable, match="does not answer"):
+        ledger.check()
+    unsteady.down = False
+    await waiting
+    ledger.check()

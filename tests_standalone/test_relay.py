@@ -644,6 +644,14 @@ async def test_streamed_tool_calls_are_put_together(rig: Rig) -> None:
     assert json.loads(extra) == {"tool_calls": TOOL_CALLS}
 
 
+async def test_half_a_tool_call_is_not_kept_for_its_result_would_never_come(rig: Rig) -> None:
+    half = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": '}}
+    exchange = await rig.stream(Upstream("up", [[chunk("so ")], [chunk(tool_calls=[half])], UpstreamError("cut")]))
+    await drive_until_failure(exchange)
+    assert await rig.said() == [*ASKED, ("assistant", "so ", "error")]
+    assert await rows(rig.database, "SELECT extra FROM messages WHERE role = 'assistant'") == [(None,)]
+
+
 # A stream that fails before its first chunk
 
 
