@@ -20,6 +20,8 @@ from gateway.store import keys
 
 log = logging.getLogger("gateway")
 
+_NOT_READY = "  database    DOES NOT ANSWER: every call is 503 until it does"
+
 
 def run(options: argparse.Namespace) -> int:
     flags = {"server.host": options.host, "server.port": options.port, "server.workers": options.workers}
@@ -57,7 +59,7 @@ async def _prepare(settings: Settings) -> str:
             return f"  admin key   {secret}\n              Shown this once. Others: gateway keys create --user NAME"
     except DatabaseUnavailable as failure:
         log.error("the database does not answer, starting anyway: %s", failure.cause)
-        return "  NOT READY   the database does not answer; every call is 503 until it does"
+        return _NOT_READY
 
 
 def _needs_first_key(settings: Settings) -> bool:
@@ -76,7 +78,7 @@ def _print_banner(settings: Settings, about_keys: str, port: int) -> None:
     host = settings.server.host
     shown = f"[{host}]" if ":" in host else host
     lines = [
-        f"{settings.server.name} is ready.",
+        f"{settings.server.name} is {'up, but not ready' if about_keys == _NOT_READY else 'ready'}.",
         f"  base URL    http://{shown}:{port}/v1",
         f"  database    {settings.database.safe_url}",
         f"  attachments {settings.storage.url}",
