@@ -122,6 +122,12 @@ class Catalog:
             )
         return found
 
+    def routes(self, model: Model) -> Iterator[Route]:
+        """All that may serve it, its fallbacks' among them, in no order."""
+        for name in (model.name, *model.fallbacks):
+            candidate = model if name == model.name else self._known(name)
+            yield from candidate.routes if candidate is not None else ()
+
     def attempts(self, model: Model) -> Iterator[tuple[str, Route]]:
         """Routes in the order to try them: by weight at random, then those of the fallbacks."""
         for name in (model.name, *model.fallbacks):

@@ -239,19 +239,26 @@ class Exchange:
         the failure as the client shall see it."""
         if self.route is None:
             return failure
-        if isinstance(failure, NeverSent) and not self._meter.rows:
+        if isinstance(failure, NeverSent):  # no call, so no row of its own
+            earlier = self._meter.rows[-1] if self._meter.rows else None
+            await self._record_quietly(earlier, keep_talk=False)
             return _cut_short() if self.stopped == "interrupted" else failure
-        cut_short = self.stopped is not None and not _refused(failure)
-        unknown = not _refused(failure)
-        outcome = self._outcome(None, [], None) if cut_short else nothing("error", cost_unknown=unknown)
+        refused = _refused(failure)
+        cut_short = self.stopped is not None and not refused
+        outcome = self._outcome(None, [], None) if cut_short else nothing("error", cost_unknown=not refused)
         row = self._row(outcome, charged=cut_short)
         if isinstance(failure, UpstreamError) and failure.status >= 500:
             failure.headers.setdefault("x-should-retry", "false")
+        await self._record_quietly(row, keep_talk=cut_short)
+        return _cut_short() if self.stopped == "interrupted" else failure
+
+    async def _record_quietly(self, row: UsageRow | None, *, keep_talk: bool) -> None:
+        """For a call that has failed anyway: its client hears of that failure, the log of this one."""
         try:
-            await self._record(None, row, keep_talk=cut_short)
+            if row is not None:
+                await self._record(None, row, keep_talk=keep_talk)
         except GatewayError as unrecorded:
             log.error("a failed call is not recorded: %s", unrecorded.log or unrecorded.message)
-        return _cut_short() if self.stopped == "interrupted" else failure
 
     async def _record(self, answer: Message | None, row: UsageRow, *, keep_talk: bool = True) -> None:
         """One turn to the ledger. Once begun it goes on, even if this task is cancelled."""

@@ -10,14 +10,10 @@ from gateway.wire.jsontext import dumps
 CHARACTERS_PER_TOKEN = 4
 
 
-def estimate(messages: Sequence[Message], answer_characters: int, *, reasoning_characters: int = 0) -> Usage:
+def estimate(messages: Sequence[Message], answer_characters: int) -> Usage:
     """Characters divided by four, rounded up. Pictures and sound count nothing: their bytes say nothing of tokens."""
     prompt = sum(_characters(message) for message in messages)
-    return Usage(
-        input_tokens=_tokens(prompt),
-        output_tokens=_tokens(answer_characters),
-        reasoning_tokens=_tokens(reasoning_characters),
-    )
+    return Usage(input_tokens=_tokens(prompt), output_tokens=_tokens(answer_characters))
 
 
 def answer_characters(message: Message) -> int:

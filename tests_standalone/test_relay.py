@@ -20,7 +20,15 @@ from gateway.backends.scripted import Script, ScriptedBackend
 from gateway.catalog import Catalog, Model, OnDisconnect, Route
 from gateway.conversations import Conversations, Talk
 from gateway.drain import Drain
-from gateway.errors import GatewayError, NotRecorded, Unavailable, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import (
+    GatewayError,
+    NeverSent,
+    NotRecorded,
+    Unavailable,
+    UpstreamError,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from gateway.ledger import Ledger
 from gateway.pricing import Price
 from gateway.relay import Exchange, Job, Relay, StreamExchange
@@ -642,6 +650,14 @@ async def test_streamed_tool_calls_are_put_together(rig: Rig) -> None:
     await rig.check_rows(OK_ROW | {"finish_reason": "tool_calls"})
     ((extra,),) = await rows(rig.database, "SELECT extra FROM messages WHERE role = 'assistant'")
     assert json.loads(extra) == {"tool_calls": TOOL_CALLS}
+
+
+async def test_a_second_try_that_was_never_sent_is_no_attempt(rig: Rig) -> None:
+    exchange = await rig.exchange(Upstream("up", refusal(503), NeverSent("The call was ended before it was sent.")))
+    with pytest.raises(NeverSent):
+        await exchange.complete()
+    await rig.check_rows(FAILED_ROW)
+    assert await rig.said() == []
 
 
 async def test_half_a_tool_call_is_not_kept_for_its_result_would_never_come(rig: Rig) -> None:

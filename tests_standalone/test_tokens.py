@@ -32,10 +32,6 @@ def test_characters_divided_by_four_rounded_up(messages: list[dict[str, Any]], a
     assert estimate(messages, answer) == usage
 
 
-def test_reasoning_is_part_of_the_output() -> None:
-    assert estimate([], 12, reasoning_characters=8) == Usage(0, 3, reasoning_tokens=2)
-
-
 @pytest.mark.parametrize(
     ("message", "characters"),
     [

@@ -109,8 +109,7 @@ def _headers(exchange: Exchange, started: float) -> list[Header]:
 def _check_policy(found: Services, model: Model, request: ChatRequest) -> None:
     """What this gateway's configuration refuses."""
     settings = found.settings
-    routes = [route for _, route in found.catalog.attempts(model)]
-    refused = next((key for route in routes for key in sorted(route.refuse) if key in request.data), None)
+    refused = next((key for route in found.catalog.routes(model) for key in route.refuse & request.data.keys()), None)
     if refused is not None:
         raise BadRequest(f"'{refused}' is not accepted by this gateway.", param=refused, code="unsupported_parameter")
     if request.stream and not settings.stream_responses:
