@@ -7,10 +7,10 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint
+.PHONY: help run test lint conformance bench
 
 help: ## what you are reading
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/installed ## install, and start the gateway on http://127.0.0.1:8000
 	$(BIN)/gateway serve $(ARGS)
@@ -22,6 +22,12 @@ lint: $(VENV)/installed-dev ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+conformance: $(VENV)/installed-test ## suites that others wrote, against a gateway started for them
+	$(BIN)/python -m conformance $(ARGS)
+
+bench: $(VENV)/installed-test ## what a request costs, with everything on
+	$(BIN)/python -m benchmarks $(ARGS)
 
 $(VENV)/installed: pyproject.toml | $(BIN)/pip
 	$(PIP) --editable .

@@ -11,13 +11,17 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gateway.backends.base import Backend, ModelInfo
-from gateway.errors import ModelNotFound, UpstreamError
-from gateway.pricing import Price
+from gateway.backends.base import Backend, ModelInfo, operations_of
+from gateway.errors import ModelNotFound, NotFound, UpstreamError
+from gateway.health import RouteHealth
+from gateway.price_table import PriceTable
+from gateway.pricing import Price, Priced
+from gateway.wire.operation import CHAT
 
 log = logging.getLogger("gateway.catalog")
 
@@ -25,6 +29,8 @@ OnDisconnect = Literal["drain", "cancel"]
 REFRESH_SECONDS = 300
 RETRY_SECONDS = (1, 2, 5, 15)
 FIRST_ANSWER_SECONDS = 5
+MOST_HEALTHS = 1000
+MOST_PRICES = 2000
 CREATED = 1_767_225_600
 """For models whose upstream says no date: 2026-01-01, so that all workers say the same."""
 
@@ -35,10 +41,11 @@ class Route:
 
     backend: Backend
     upstream_model: str
-    price: Price | None = None
+    price: Priced | None = None
     weight: int = 1
     on_disconnect: OnDisconnect = "cancel"
     refuse: frozenset[str] = frozenset()
+    health: RouteHealth = field(default_factory=RouteHealth, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,8 @@ class Model:
 
 @dataclass(slots=True)
 class Provider:
-    """A backend with what its settings say for all its models. `prices` by its own model names.
+    """A backend with what its settings say for all its models. `prices` by its own model names; what they do not say is
+    looked up in `table`, where `vendor` names whose prices these are.
 
     `listed` are the models it has; if `static`, the settings say so and it is never asked.
     """
@@ -63,16 +71,47 @@ class Provider:
     static: bool = False
     prices: Mapping[str, Price] = field(default_factory=dict)
     free: bool = False
+    vendor: str | None = None
+    table: PriceTable | None = None
     listed: Mapping[str, ModelInfo] = field(default_factory=dict)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     failing: bool = False
+    health: OrderedDict[str, RouteHealth] = field(default_factory=OrderedDict)
+    looked_up: dict[str, Priced | None] = field(default_factory=dict)
+
+    @property
+    def status(self) -> Literal["ok", "cooling", "failing", "unknown"]:
+        """`failing`: it does not list its models. `cooling`: all routes that were used lately cool down."""
+        if self.failing:
+            return "failing"
+        if not self.asked.is_set():
+            return "unknown"
+        used = [health for health in self.health.values() if health.calls]
+        return "cooling" if used and all(health.cooling for health in used) else "ok"
 
     def route(
         self, model: str, price: Price | None = None, weight: int = 1, on_disconnect: OnDisconnect | None = None
     ) -> Route:
-        price = price or self.prices.get(model) or (Price(0, 0) if self.free else None)
-        policy = on_disconnect or self.on_disconnect or ("cancel" if price is None else "drain")
-        return Route(self.backend, model, price, weight, policy, self.refuse)
+        known = price or self.prices.get(model) or (Price(0, 0) if self.free else self._looked_up(model))
+        policy = on_disconnect or self.on_disconnect or ("cancel" if known is None else "drain")
+        return Route(self.backend, model, known, weight, policy, self.refuse, self._health_of(model))
+
+    def _looked_up(self, model: str) -> Priced | None:
+        if self.table is None or self.vendor is None:
+            return None
+        if model not in self.looked_up:
+            if len(self.looked_up) >= MOST_PRICES:
+                self.looked_up.clear()
+            self.looked_up[model] = self.table.find(self.vendor, model)
+        return self.looked_up[model]
+
+    def _health_of(self, model: str) -> RouteHealth:
+        """One for each upstream model, whatever names lead to it; of the names that clients make up, the latest."""
+        found = self.health.pop(model, None) or RouteHealth()
+        self.health[model] = found
+        if len(self.health) > MOST_HEALTHS:
+            self.health.popitem(last=False)
+        return found
 
 
 class Catalog:
@@ -128,15 +167,28 @@ class Catalog:
             candidate = model if name == model.name else self._known(name)
             yield from candidate.routes if candidate is not None else ()
 
-    def attempts(self, model: Model) -> Iterator[tuple[str, Route]]:
-        """Routes in the order to try them: by weight at random, then those of the fallbacks."""
+    def attempts(self, model: Model, operation: str = CHAT) -> list[tuple[str, Route]]:
+        """Routes that can do it in the order to try them: by weight at random, then those of the fallbacks; those that
+        cool down after all others, the first to recover first. Raises NotFound if none can."""
+        order: list[tuple[str, Route]] = []
         for name in (model.name, *model.fallbacks):
             candidate = model if name == model.name else self._known(name)
             rest = list(candidate.routes) if candidate is not None else []
-            while rest:
+            rest = [route for route in rest if operation in operations_of(route.backend)]
+            while len(rest) > 1:
                 route = random.choices(rest, [item.weight for item in rest])[0]
                 rest.remove(route)
-                yield name, route
+                order.append((name, route))
+            order += [(name, route) for route in rest]
+        if not order:
+            raise NotFound(f"The model '{model.name}' has no backend that answers /v1/{operation}.", param="model")
+        if len(order) > 1 and any(route.health.cooling for _, route in order):
+            order.sort(key=lambda attempt: attempt[1].health.cooling_until if attempt[1].health.cooling else 0.0)
+        return order
+
+    @property
+    def providers(self) -> Sequence[Provider]:
+        return tuple(self._providers.values())
 
     def listed(self) -> list[ModelInfo]:
         """Every name that can be asked for, configured ones first."""

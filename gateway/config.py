@@ -5,196 +5,64 @@
 
 Where values come from, and which source wins, is in `config_sources.py`. Here is what they may be: first each value
 alone (pydantic), then what they say about each other (the functions named `_check_...`). A new kind of backend is a
-row in `BACKEND_TYPES`.
+row in `config_backends.BACKEND_TYPES`.
 
 No complaint, repr or description holds a secret. `model_dump()` does, as SecretStr.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from typing import Any, ClassVar, Literal, get_origin
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, SecretStr, ValidationError, field_validator
 
 from gateway import config_sources as sources
-from gateway.config_sources import Draft, Path, bare, is_section
+from gateway.config_backends import (
+    BACKEND_TYPES,
+    PLUGIN,
+    PLUGINS,
+    BackendSettings,
+    QuirkSettings,
+    ScriptSettings,
+    TimeoutSettings,
+    check_backends,
+)
+from gateway.config_draft import Draft, Path, dotted, nearest
+from gateway.config_file import read_file
+from gateway.config_values import (
+    MASK,
+    Section,
+    allowed_host,
+    base_url,
+    database_url,
+    mask_url,
+    masked,
+    proxy,
+    storage_url,
+)
 from gateway.errors import ConfigError
 
-MASK = "**********"
-_COMMON = frozenset({"on_disconnect", "refuse", "models", "timeouts"})
-
-
-@dataclass(frozen=True, slots=True)
-class BackendType:
-    """What a backend of this type may say, besides its type, and what it has to say."""
-
-    options: frozenset[str]
-    required: frozenset[str] = frozenset()
-
-
-BACKEND_TYPES: dict[str, BackendType] = {
-    "openai": BackendType(_COMMON | {"base_url", "api_key", "headers", "ca_file"}, frozenset({"base_url"})),
-    "scripted": BackendType(_COMMON | {"scripts"}),
-}
-
-
-# Values
-
-
-def mask_url(text: str) -> str:
-    """The URL without its password; over HTTP without its user, too. Rather too much is hidden than too little."""
-    text = re.sub(r"^([\w.+-]+://[^:@/]*):.*@", rf"\1:{MASK}@", text, flags=re.DOTALL)
-    text = re.sub(r"^(https?://)[^@/?#]*@", rf"\1{MASK}@", text)
-    return re.sub(
-        r"([?&][^=&]*(?:pass|pwd|key|token|secret|sig)[^=&]*=)[^&#]*", rf"\1{MASK}", text, flags=re.IGNORECASE
-    )
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
-
-
-def _price(value: Any) -> Any:
-    return value if value is None else sources.dollars(value)
-
-
-def _list(value: Any) -> Any:
-    return sources.items(value) if isinstance(value, str) else value
-
-
-def _choice(value: Any) -> Any:
-    return value.strip().lower() if isinstance(value, str) else value
-
-
-def _secret(value: Any) -> Any:
-    return "" if value is None else value.strip() if isinstance(value, str) else value
-
-
-def _mapping(value: Any) -> Any:
-    return {} if value is None else value
-
-
-def _database_url(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    kind, _, driver = scheme.lower().partition("+")
-    if kind in ("postgres", "postgresql") and driver in (
-        "",
-        "asyncpg",
-        "psycopg",
-        "psycopg2",
-        "psycopg_async",
-        "pg8000",
-    ):
-        if re.search(r"\s", rest) or not rest:
-            raise ValueError("must look like postgresql://user:password@host:5432/name")
-        return f"{kind}://{rest}"
-    if kind != "sqlite" or driver not in ("", "aiosqlite", "pysqlite"):
-        raise ValueError("must begin with sqlite:///, postgresql:// or postgres://")
-    name = rest.removeprefix("/")
-    if not name or ":memory:" in name or "mode=memory" in name:
-        raise ValueError("must name a file, as the workers share it: sqlite:///data/gateway.db")
-    if not rest.startswith("/"):
-        raise ValueError(
-            "needs three slashes for a relative path and four for an absolute one: sqlite:///data/gateway.db"
-        )
-    if "?" in name:
-        raise ValueError("must end after the file's name; options after ? are not supported for SQLite")
-    return f"sqlite:///{name}"
-
-
-def _base_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or re.search(r"[\s?#]", url):
-        raise ValueError("must be an http:// or https:// address without ? and #, like https://api.openai.com/v1")
-    return url.rstrip("/")
-
-
-def _storage_url(url: str) -> str:
-    if re.fullmatch(r"s3://[\w.-]+(/[^?#@]*)?", url):
-        return url.rstrip("/")
-    if not url.strip() or re.match(r"[\w.+-]+:/", url):
-        raise ValueError(
-            "must be a folder like data/files, or s3://bucket/prefix with the keys in access_key and secret_key"
-        )
-    return url
-
-
-def _proxy(address: str) -> str:
-    try:
-        ipaddress.ip_network(address, strict=False)
-    except ValueError:
-        raise ValueError("must hold IP addresses or networks like 10.0.0.0/8") from None
-    return address
-
-
-def _allowed_host(host: str) -> str:
-    if not re.fullmatch(r"[\w.:\[\]-]+", host):
-        raise ValueError("must hold host names like chat.example.com, without https://")
-    return host.lower()
-
-
-_READERS: dict[Any, Callable[[Any], Any]] = {
-    int: _number,
-    float: _number,
-    Decimal: _price,
-    tuple: _list,
-    Literal: _choice,
-    SecretStr: _secret,
-    dict: _mapping,
-}
-
-
-class Section(BaseModel):
-    """A part of the settings. What comes from the environment is text: each field reads it as what it holds."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False, protected_namespaces=()
-    )
-    verbatim: ClassVar[frozenset[str]] = frozenset()
-    """Optional texts that may be empty, or the word null."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _read(cls, value: Any, info: ValidationInfo) -> Any:
-        name = str(info.field_name)
-        annotation = cls.model_fields[name].annotation
-        kind = bare(annotation)
-        if kind is not annotation:
-            if isinstance(value, str) and value.strip() in ("", "null", "~") and name not in cls.verbatim:
-                return None
-        elif is_section(kind):
-            return _mapping(value)
-        if get_origin(kind) is dict and isinstance(value, dict) and is_section(sources.inside(kind, "")):
-            return {key: _mapping(entry) for key, entry in value.items()}
-        read = _READERS.get(get_origin(kind) or kind)
-        return value if read is None or (value is None and kind is not annotation) else read(value)
-
-    def __repr_args__(self) -> Any:
-        for name, value in super().__repr_args__():
-            yield name, mask_url(value) if isinstance(value, str) else value
-
+__all__ = [
+    "BACKEND_TYPES",
+    "PLUGINS",
+    "BackendSettings",
+    "DatabaseSettings",
+    "LimitSettings",
+    "ModelSettings",
+    "PriceSettings",
+    "QuirkSettings",
+    "RouteSettings",
+    "ScriptSettings",
+    "Settings",
+    "TimeoutSettings",
+    "load_settings",
+    "mask_url",
+]
 
 # Sections
 
@@ -213,6 +81,7 @@ class ServerSettings(Section):
     version: str | None = None
     log_format: Literal["auto", "text", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics: Literal["admin", "open"] = "admin"
 
     @field_validator("cors_origins")
     @classmethod
@@ -225,12 +94,12 @@ class ServerSettings(Section):
     @field_validator("trusted_proxies")
     @classmethod
     def _proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_proxy(address) for address in proxies)
+        return tuple(proxy(address) for address in proxies)
 
     @field_validator("allowed_hosts")
     @classmethod
     def _hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_allowed_host(host) for host in hosts)
+        return tuple(allowed_host(host) for host in hosts)
 
 
 class AuthSettings(Section):
@@ -238,89 +107,22 @@ class AuthSettings(Section):
     admin_key: SecretStr = SecretStr("")
 
 
-class TimeoutSettings(Section):
-    """Seconds. `first_byte` and `idle` are silences; `total` None: as long as it takes."""
-
-    connect: float = Field(5, gt=0)
-    first_byte: float = Field(600, gt=0)
-    idle: float = Field(120, gt=0)
-    total: float | None = Field(None, gt=0)
-
-
-class ScriptSettings(Section):
-    """A scripted answer, for tests and demos. `reply` None: the prompt is echoed."""
-
-    verbatim = frozenset({"reply", "reasoning"})
-
-    reply: str | None = None
-    reasoning: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    delay: float = Field(0, ge=0)
-    first_delay: float = Field(0, ge=0)
-    usage: Literal["exact", "missing"] = "exact"
-    finish_reason: str | None = None
-    error_status: int | None = Field(None, ge=400, le=599)
-    error_message: str = "scripted failure"
-    fail_after: int | None = Field(None, ge=0)
-    cut_after: int | None = Field(None, ge=0)
-
-    @field_validator("tool_calls")
-    @classmethod
-    def _named(cls, calls: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        for call in calls:
-            named = isinstance(call.get("name"), str) and bool(call["name"])
-            if not named or call.keys() != {"name", "arguments"} or not isinstance(call["arguments"], dict | str):
-                raise ValueError("must hold calls like {name: get_weather, arguments: {city: Paris}}")
-        return calls
-
-
-class BackendSettings(Section):
-    """One upstream. Which of the options belong to which type: `BACKEND_TYPES`."""
-
-    type: str
-    base_url: str | None = None
-    api_key: SecretStr = SecretStr("")
-    on_disconnect: Literal["drain", "cancel"] | None = None
-    headers: dict[str, SecretStr] = {}
-    refuse: tuple[str, ...] = ("chat_template", "logits_processors", "kv_transfer_params")
-    models: tuple[str, ...] = ()
-    ca_file: str | None = None
-    timeouts: TimeoutSettings = TimeoutSettings()
-    scripts: dict[str, ScriptSettings] = {}
-
-    @field_validator("base_url")
-    @classmethod
-    def _address(cls, url: str | None) -> str | None:
-        return None if url is None else _base_url(url)
-
-    @field_validator("api_key")
-    @classmethod
-    def _sendable(cls, key: SecretStr) -> SecretStr:
-        if not re.fullmatch(r"[\x21-\x7e]*", key.get_secret_value()):
-            raise ValueError("must be one word of printable ASCII characters")
-        return key
-
-    @field_validator("headers")
-    @classmethod
-    def _lines(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
-        for name, value in headers.items():
-            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-                raise ValueError("must have names of letters, digits and -")
-            if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value.get_secret_value()):
-                raise ValueError("must have values of one line")
-        return headers
-
-
 class PriceSettings(Section):
-    """USD per million tokens; None: nobody said, so what its parent costs."""
+    """USD per million tokens; None: nobody said, so what its parent costs. `service_tiers` are factors on all of it;
+    without them it holds for every service tier, and with them for the standard one.
+    """
 
     input: Decimal | None = None
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
     output: Decimal | None = None
     reasoning: Decimal | None = None
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
+    image_input: Decimal | None = None
+    image_output: Decimal | None = None
+    service_tiers: dict[str, Annotated[Decimal, Field(ge=0, le=1000)]] = {}
 
 
 class RouteSettings(Section):
@@ -351,7 +153,7 @@ class DatabaseSettings(Section):
     @field_validator("url")
     @classmethod
     def _plain(cls, url: str) -> str:
-        return _database_url(url.strip())
+        return database_url(url.strip())
 
     @property
     def safe_url(self) -> str:
@@ -369,12 +171,12 @@ class StorageSettings(Section):
     @field_validator("url")
     @classmethod
     def _place(cls, url: str) -> str:
-        return _storage_url(url)
+        return storage_url(url)
 
     @field_validator("endpoint")
     @classmethod
     def _address(cls, url: str | None) -> str | None:
-        return None if url is None else _base_url(url)
+        return None if url is None else base_url(url)
 
 
 class LimitSettings(Section):
@@ -419,24 +221,29 @@ class WrittenSettings(Section):
 
 
 class Settings(WrittenSettings):
-    """What the gateway runs with: `backends` are those that are on; `prices` are of models without an entry."""
+    """What the gateway runs with: `backends` are those that are on; `prices` are of models without an entry.
+
+    `probe_ollama`: nobody wrote a backend, so an Ollama that answers on its usual address is one, too.
+    """
 
     prices: dict[str, PriceSettings] = {}
+    probe_ollama: bool = False
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """The effective settings as YAML, without secrets."""
-        shown = {name: _shown(value) for name, value in self if name != "notes" and (name != "prices" or value)}
+        hidden = {"notes", "probe_ollama", *(() if self.prices else ("prices",))}
+        shown = {name: _shown(value) for name, value in self if name not in hidden}
         return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _shown(value: Any) -> Any:
     """As plain YAML values. Entries of maps show what belongs to them and holds something."""
     if isinstance(value, BackendSettings):
-        belongs = BACKEND_TYPES[value.type].options | {"type"} if value.type in BACKEND_TYPES else {*dict(value)}
-        return {name: _shown(item) for name, item in value if name in belongs and not _idle(value, name)}
-    if isinstance(value, ModelSettings | RouteSettings | PriceSettings | ScriptSettings):
-        return {name: _shown(item) for name, item in value if not _idle(value, name)}
+        belongs = BACKEND_TYPES.get(value.type, PLUGIN).options
+        return {"type": value.type} | {name: item for name, item in _shown_items(value) if name in belongs}
+    if isinstance(value, ModelSettings | RouteSettings | PriceSettings | ScriptSettings | QuirkSettings):
+        return dict(_shown_items(value))
     if isinstance(value, Section):
         return {name: _shown(item) for name, item in value}
     if isinstance(value, dict):
@@ -448,6 +255,12 @@ def _shown(value: Any) -> Any:
     if isinstance(value, float | Decimal):
         return int(value) if value == int(value) else float(value)
     return mask_url(value) if isinstance(value, str) else value
+
+
+def _shown_items(section: Section) -> Iterator[tuple[str, Any]]:
+    for name, item in section:
+        if not _idle(section, name):
+            yield name, _shown(masked(item) if name in section.private else item)
 
 
 def _idle(section: Section, name: str) -> bool:
@@ -468,25 +281,26 @@ def load_settings(
     Without `path` the file is that of GATEWAY_CONFIG, else `config.yaml`; only the latter may be missing.
     """
     draft = Draft()
-    prices = _read(path or "", os.environ if environ is None else environ, overrides or {}, draft)
+    prices, unwritten = _read(path or "", os.environ if environ is None else environ, overrides or {}, draft)
     backends, models = draft.names("backends"), draft.names("models")
     written = _validated(draft)
     if written is not None:
-        _check_backends(written, draft)
+        check_backends(written.backends, draft)
         _check_models(written, backends, models, draft)
         _check_files(written, draft)
     if written is None or draft.problems:
         raise ConfigError(draft.problems)
-    return _finished(written, prices, draft.notes)
+    return _finished(written, prices, draft.notes, probe_ollama=unwritten)
 
 
 def _read(
     path: str, environ: Mapping[str, str], flags: Mapping[str, Any], draft: Draft
-) -> dict[str, dict[str, Decimal]]:
-    """Fill the draft from all sources, strong before weak; the result is seed 3's price, if it has no model entry."""
+) -> tuple[dict[str, dict[str, Decimal]], bool]:
+    """Fill the draft from all sources, strong before weak. Returns seed 3's price, if it has no model entry, and
+    whether nobody wrote a backend."""
     environ = sources.effective_environment(environ, draft)
     path = path or environ.get("GATEWAY_CONFIG", "")
-    sources.read_file(path or "config.yaml", required=bool(path), environ=environ, draft=draft)
+    read_file(path or "config.yaml", required=bool(path), environ=environ, draft=draft)
     pricing = draft.tree.pop("pricing", None)
     sources.adopt_seed_keys(draft)
     model = draft.get(("default_model",))
@@ -494,9 +308,8 @@ def _read(
     sources.read_environment(environ, draft, WrittenSettings)
     sources.read_flags(flags, draft)
     sources.fill_from_seeds(environ, draft)
-    if not names_backends:
-        sources.fill_vendors(environ, draft)
-    return sources.adopt_pricing(pricing, model or draft.get(("default_model",)), draft)
+    unwritten = not names_backends and sources.fill_vendors(environ, draft)
+    return sources.adopt_pricing(pricing, model or draft.get(("default_model",)), draft), unwritten
 
 
 def _validated(draft: Draft) -> WrittenSettings | None:
@@ -532,32 +345,16 @@ _WORDING = {
 def _wording(kind: str, path: Path, context: Mapping[str, Any], message: str) -> str:
     """Our words for pydantic's; its own message only where we wrote it, as others can quote the value."""
     if kind == "extra_forbidden":
-        return f"unknown setting; did you mean {sources.dotted(sources.nearest_setting(path, WrittenSettings))}?"
+        return f"unknown setting; did you mean {dotted(sources.nearest_setting(path, WrittenSettings))}?"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     if kind.startswith("int_"):
         return "must be a whole number"
-    if kind.startswith("float_") or kind == "finite_number":
+    if kind.startswith(("float_", "decimal_")) or kind == "finite_number":
         return "must be a number"
     if kind.startswith(("model_", "dict_")):
         return "must be a mapping of settings"
     return _WORDING.get(kind, "is not valid").format_map(context)
-
-
-def _check_backends(written: WrittenSettings, draft: Draft) -> None:
-    for name, backend in written.backends.items():
-        path: Path = ("backends", name)
-        if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
-            draft.complain(path, "is no name for a backend: use letters, digits, '.', '_' and '-'", value_gone=False)
-        kind = BACKEND_TYPES.get(backend.type)
-        if kind is None:
-            draft.complain((*path, "type"), f"unknown type; known types: {', '.join(BACKEND_TYPES)}")
-            continue
-        for key in sorted(backend.model_fields_set - kind.options - {"type"}):
-            draft.complain((*path, key), f"does not belong to type {backend.type}; remove it")
-        for key in sorted(kind.required):
-            if getattr(backend, key) is None and not draft.reported((*path, key)):
-                draft.complain((*path, key), f"is missing; type {backend.type} needs it")
 
 
 def _check_models(written: WrittenSettings, backends: set[str], models: set[str], draft: Draft) -> None:
@@ -565,7 +362,7 @@ def _check_models(written: WrittenSettings, backends: set[str], models: set[str]
 
     def check_backend(path: Path, name: str | None) -> None:
         if name is not None and name not in backends:
-            near = sources.nearest(name, sorted(backends))
+            near = nearest(name, sorted(backends))
             draft.complain(path, "no such backend" + (f"; did you mean {near}?" if near else "; add it to backends"))
 
     check_backend(("default_backend",), written.default_backend)
@@ -596,7 +393,7 @@ def _check_fallbacks(written: WrittenSettings, backends: set[str], models: set[s
             if fallback == name or fallback in model.aliases:
                 draft.complain(path, "is the model itself; name another")
             elif fallback not in models | listed and fallback.partition("/")[0] not in backends:
-                near = sources.nearest(fallback, sorted(models))
+                near = nearest(fallback, sorted(models))
                 draft.complain(path, f"no such model; did you mean {near}?")
 
 
@@ -610,7 +407,9 @@ def _check_files(written: WrittenSettings, draft: Draft) -> None:
             draft.complain(path, "no such file; relative paths begin at the working directory")
 
 
-def _finished(written: WrittenSettings, prices: dict[str, dict[str, Decimal]], notes: list[str]) -> Settings:
+def _finished(
+    written: WrittenSettings, prices: dict[str, dict[str, Decimal]], notes: list[str], *, probe_ollama: bool
+) -> Settings:
     """With the backends that are on, the built-in one if none is, and the notes for the start-up print."""
     values = dict(written)
     off = [
@@ -626,4 +425,5 @@ def _finished(written: WrittenSettings, prices: dict[str, dict[str, Decimal]], n
         notes.append(f"the built-in model `echo` answers, because {why}")
     if written.limits != LimitSettings():
         notes.append("limits.* is read but not enforced yet")
-    return Settings(**values | {"backends": backends, "prices": prices, "notes": tuple(notes)})
+    found = {"backends": backends, "prices": prices, "probe_ollama": probe_ollama, "notes": tuple(notes)}
+    return Settings(**values | found)

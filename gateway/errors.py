@@ -167,6 +167,8 @@ class UpstreamError(GatewayError):
     status = 502
     type = "upstream_error"
     code: str | None = "upstream_error"
+    retry_after: float | None = None
+    """Seconds, if the upstream said when to come back."""
 
     def __init__(
         self,

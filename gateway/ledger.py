@@ -17,9 +17,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.store import conversations, sessions, usage
@@ -58,11 +60,24 @@ class Turn:
         return sum(len(message.content) + len(message.extra or "") for message in messages or ())
 
 
+class LedgerMetrics(Protocol):
+    """Who is told how the ledger is doing. Times are in seconds."""
+
+    def committed(self, turns: int, seconds: float) -> None: ...
+
+    def commit_failed(self) -> None: ...
+
+    def turn_recorded(self, seconds: float) -> None: ...
+
+    def turn_refused(self) -> None: ...
+
+
 class Ledger:
     """One committer for each worker. `async with` it inside the running loop."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, metrics: LedgerMetrics | None = None) -> None:
         self._database = database
+        self._metrics = metrics
         self._waiting: list[Turn] = []
         self._waiting_bytes = 0
         self._trouble: str | None = None
@@ -100,8 +115,24 @@ class Ledger:
         if self.trouble is not None:
             raise DatabaseUnavailable(f"commits fail: {self.trouble}")
 
+    @property
+    def waiting(self) -> int:
+        """Turns that are not durable yet."""
+        return len(self._waiting)
+
     async def record(self, turn: Turn) -> None:
         """Returns once the turn is durable. Raises NotRecorded."""
+        started = time.perf_counter()
+        try:
+            await self._record(turn)
+        except NotRecorded:
+            if self._metrics is not None:
+                self._metrics.turn_refused()
+            raise
+        if self._metrics is not None:
+            self._metrics.turn_recorded(time.perf_counter() - started)
+
+    async def _record(self, turn: Turn) -> None:
         size = turn.size
         full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + size > MOST_WAITING_BYTES
         if (full and self._waiting) or self._task is None or self._task.done():
@@ -122,18 +153,23 @@ class Ledger:
             self._wake.clear()
             while self._waiting:
                 batch = self._next_batch()
+                started = time.perf_counter()
                 try:
                     await self._commit(batch)
                 except DatabaseUnavailable as failure:
                     log.warning("commit of %d turns failed, trying again: %s", len(batch), failure.cause)
                     self._trouble = failure.cause
                     self._most_in_batch = max(1, len(batch) // 2)
+                    if self._metrics is not None:
+                        self._metrics.commit_failed()
                     await asyncio.sleep(RETRY_PAUSE)
                 else:
                     self._trouble = None
                     self._most_in_batch = min(MOST_IN_BATCH, 2 * self._most_in_batch)
                     del self._waiting[: len(batch)]
                     self._waiting_bytes -= sum(turn.size for turn in batch)
+                    if self._metrics is not None:
+                        self._metrics.committed(len(batch), time.perf_counter() - started)
             if self._closing:
                 return
 

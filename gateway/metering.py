@@ -26,11 +26,18 @@ class Outcome:
     ttft_ms: int | None = None
     cost_unknown: bool = False
     """Something may have been used that nobody reported."""
+    service_tier: str | None = None
+    """How the upstream served it, in the words of its reply."""
 
 
 def nothing(status: Status, *, cost_unknown: bool = False) -> Outcome:
     """For an attempt that brought nothing: because it was refused, or (`cost_unknown`) because no answer came."""
     return Outcome(status, Usage(), "gateway", None, cost_unknown=cost_unknown)
+
+
+def told_tier(*told: object) -> str | None:
+    """The first `service_tier` that was told: give the reply's, then the request's."""
+    return next((tier for tier in told if isinstance(tier, str)), None)
 
 
 class Meter:
@@ -46,7 +53,8 @@ class Meter:
 
     def row(self, route: Route, model: str, outcome: Outcome, started: float, *, charged: bool) -> UsageRow:
         """The row of the attempt that began at `started` (perf_counter) and is now over; kept in `rows`."""
-        usage, price = outcome.usage, route.price
+        usage = outcome.usage
+        price = route.price.at(self._at, outcome.service_tier) if route.price is not None else None
         spent = usage.input_tokens + usage.output_tokens
         cost = None if outcome.cost_unknown else 0 if not spent else price.cost(usage) if price is not None else None
         row = UsageRow(
@@ -80,6 +88,9 @@ class Meter:
             ended_by=outcome.ended_by,
             ttft_ms=outcome.ttft_ms,
             duration_ms=milliseconds_since(started),
+            image_input_tokens=usage.image_input_tokens,
+            image_output_tokens=usage.image_output_tokens,
+            cache_write_1h_tokens=usage.cache_write_1h_tokens,
         )
         self.rows.append(row)
         return row

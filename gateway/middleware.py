@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol
 
 from starlette.exceptions import HTTPException
 
@@ -25,8 +26,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _SLASHES = re.compile(r"/{2,}")
-_AZURE = re.compile(r"/openai/deployments/([^/]+)(/chat/completions)|/openai(/v1(?:/.*)?)")
-_WITHOUT_V1 = re.compile(r"/(chat/completions|models)(/.*)?")
+_CALLS = r"chat/completions|completions|embeddings|moderations|images/[a-z]+|audio/[a-z]+"
+_AZURE = re.compile(rf"/openai/deployments/([^/]+)(/(?:{_CALLS}))|/openai(/v1(?:/.*)?)")
+_WITHOUT_V1 = re.compile(rf"/({_CALLS}|models)(/.*)?")
 _VARY: list[Header] = [(b"vary", b"Origin")]
 _METHODS = b"GET, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED = (
@@ -103,9 +105,22 @@ class CORS:
         return [*found, (b"access-control-max-age", b"86400")]
 
 
+class RequestMetrics(Protocol):
+    """Who counts requests. `route` is the path as its route was written, empty if no route knows it."""
+
+    def request_begun(self) -> None: ...
+
+    def stream_begun(self) -> None: ...
+
+    def request_ended(self, route: str, method: str, status: int, seconds: float, *, streamed: bool) -> None: ...
+
+
 class Observed:
     """Gives every request an id and a line in the access log: method, path, status, time. Never the query string,
-    a header that could hold a secret, or a word of a prompt. `X-Forwarded-For` counts only from `trusted_proxies`."""
+    a header that could hold a secret, or a word of a prompt. `X-Forwarded-For` counts only from `trusted_proxies`.
+
+    The state's `metrics`, if there, counts them.
+    """
 
     def __init__(self, app: App, trusted_proxies: Iterable[str] = ()) -> None:
         self._app = app
@@ -121,24 +136,38 @@ class Observed:
         scope["state"]["request_id"] = request_id
         started = time.perf_counter()
         status = 499
+        streamed = False
         id_header = (b"x-request-id", request_id.encode())
+        metrics: RequestMetrics | None = scope["state"].get("metrics")
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streamed
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if metrics is not None and _is_event_stream(message["headers"]):
+                    streamed = True
+                    metrics.stream_begun()
                 message["headers"] = [*message["headers"], id_header]
             await send(message)
 
+        if metrics is not None:
+            metrics.request_begun()
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            seconds = time.perf_counter() - started
+            status = 499 if scope["state"].get("client_left") else status
+            if metrics is not None:
+                route = scope.get("route")
+                metrics.request_ended(
+                    "" if route is None else route.path, scope["method"], status, seconds, streamed=streamed
+                )
             fields = {
                 "request_id": request_id,
                 "method": scope["method"],
                 "path": scope["path"],
-                "status": 499 if scope["state"].get("client_left") else status,
-                "ms": round((time.perf_counter() - started) * 1000, 1),
+                "status": status,
+                "ms": round(seconds * 1000, 1),
                 "client": self._client(scope),
                 "user": scope["state"].get("user"),
                 "model": scope["state"].get("model"),
@@ -225,6 +254,10 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _new_id() -> str:
     return f"req_{secrets.token_hex(16)}"
+
+
+def _is_event_stream(headers: Iterable[Header]) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
 
 
 def _as_gateway_error(raised: Exception) -> GatewayError:

@@ -1,8 +1,8 @@
 """Replies as plain ASGI: JSON in one go, and a stream of our own that outlives its client.
 
-`StreamResponse` drives a `StreamExchange`: it waits for the first chunk before it sends the status, sends what each
-read gives as it comes, writes `: ping` into silence, and never lets a failed stream look finished. A slow client makes
-`send` wait, and who does not read pauses the upstream: nothing piles up in between.
+`StreamResponse` drives a `StreamExchange` or an `OperationExchange`: it waits for the first chunk before it sends the
+status, sends what each read gives as it comes, writes `: ping` into the silence of events, and never lets a failed
+stream look finished. A slow client makes `send` wait, and who does not read pauses the upstream: nothing piles up.
 
 Whatever the client does, the exchange is driven to its end and recorded.
 """
@@ -15,9 +15,11 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from gateway.call import Reply
 from gateway.drain import Drain
 from gateway.errors import GatewayError
-from gateway.relay import Exchange, Reply, StreamExchange
+from gateway.operations import OperationExchange
+from gateway.relay import Exchange, StreamExchange
 from gateway.wire import sse
 from gateway.wire.jsontext import dumps
 
@@ -32,11 +34,8 @@ Header = tuple[bytes, bytes]
 PING_SECONDS = 15.0
 JSON_TYPE: Header = (b"content-type", b"application/json")
 NO_STORE: Header = (b"cache-control", b"no-store")
-STREAM_HEADERS: Sequence[Header] = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    NO_STORE,
-    (b"x-accel-buffering", b"no"),
-)
+EVENT_STREAM: Header = (b"content-type", b"text/event-stream; charset=utf-8")
+STREAM_HEADERS: Sequence[Header] = (NO_STORE, (b"x-accel-buffering", b"no"))
 
 
 async def send_json(send: Send, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
@@ -80,15 +79,18 @@ async def _tell_when_gone(receive: Receive, gone: Callable[[], None]) -> None:
 
 
 class StreamResponse:
-    """Call it with the scope's `receive` and `send`. Raises GatewayError while the status is still unsent."""
+    """Call it with the scope's `receive` and `send`. Raises GatewayError while the status is still unsent.
+
+    `headers` is asked when the status leaves; its `content-type` is the reply's. `first_chunk_wait` None: however long.
+    """
 
     def __init__(
         self,
-        exchange: StreamExchange,
+        exchange: StreamExchange | OperationExchange,
         drain: Drain,
         headers: Callable[[], Sequence[Header]],
         *,
-        first_chunk_wait: float,
+        first_chunk_wait: float | None,
         ping_seconds: float = PING_SECONDS,
     ) -> None:
         self._exchange = exchange
@@ -153,10 +155,10 @@ class StreamResponse:
         if self._started or self._gone:
             return
         self._started = True
-        headers = [*STREAM_HEADERS, *self._headers()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers()]})
         self._last_sent = self._loop.time()
-        self._ping_timer = self._loop.call_later(self._ping_seconds, self._ping_if_silent)
+        if self._exchange.is_event_stream:
+            self._ping_timer = self._loop.call_later(self._ping_seconds, self._ping_if_silent)
 
     async def _write(self, data: bytes, *, last: bool = False) -> None:
         if self._gone or not self._started:
@@ -170,10 +172,12 @@ class StreamResponse:
         self._last_sent = self._loop.time()
 
     async def _fail(self, failure: GatewayError) -> None:
-        """One error event; then the reply is left open, so that the server closes it without the last HTTP chunk."""
+        """One error event, if it is a stream of events; then the reply is left open, so that the server closes it without
+        the last HTTP chunk."""
         self._done = True
         log.warning("stream failed: %s", failure.log or failure.message)
-        await self._write(sse.encode([error_body(failure)]))
+        if self._exchange.is_event_stream:
+            await self._write(sse.encode([error_body(failure)]))
 
     def _client_left(self) -> None:
         if not self._done:

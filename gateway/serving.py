@@ -36,22 +36,7 @@ def serve(
     """
     sock = sock or listen(host, port)
     started = partial(on_started, sock.getsockname()[1]) if on_started is not None else None
-    config = uvicorn.Config(
-        app_factory,
-        factory=True,
-        interface="asgi3",
-        lifespan="on",
-        http=GatewayProtocol,
-        loop="auto",  # uvloop where it is installed
-        ws="none",
-        workers=workers,
-        backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        proxy_headers=False,
-        server_header=False,
-        access_log=False,
-        log_config=None,
-    )
+    config = server_config(app_factory, factory=True, workers=workers)
     try:
         if workers > 1:
             supervisor = GatewaySupervisor(config, [sock], drain_seconds=drain_seconds, on_started=started)
@@ -67,6 +52,35 @@ def serve(
     return 0
 
 
+def server_config(
+    app: ASGIApp | Callable[[], ASGIApp],
+    *,
+    factory: bool = False,
+    workers: int = 1,
+    backlog: int = BACKLOG,
+    keep_alive_seconds: int = KEEP_ALIVE_SECONDS,
+    max_requests: int | None = None,
+) -> uvicorn.Config:
+    """How our server runs an application, whoever starts the process: `serve`, or gunicorn."""
+    return uvicorn.Config(
+        app,
+        factory=factory,
+        interface="asgi3",
+        lifespan="on",
+        http=GatewayProtocol,
+        loop="auto",  # uvloop where it is installed
+        ws="none",
+        workers=workers,
+        backlog=backlog,
+        timeout_keep_alive=keep_alive_seconds,
+        limit_max_requests=max_requests,
+        proxy_headers=False,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+    )
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket whose connections notice a vanished peer within a minute."""
     try:
@@ -79,8 +93,7 @@ def listen(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6 and address[0] == "::":
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        for level, option, value in _inherited_options():
-            sock.setsockopt(level, option, value)
+        set_inherited_options(sock)
         sock.bind(address)
         sock.listen(BACKLOG)  # at once: two that have only bound the port would both believe that they own it
     except OSError as exc:
@@ -89,8 +102,14 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def set_inherited_options(sock: socket.socket) -> None:
+    """What accepted TCP connections take over from the socket that listens for them."""
+    for level, option, value in _inherited_options():
+        sock.setsockopt(level, option, value)
+
+
 def _inherited_options() -> list[tuple[int, int, int]]:
-    """What an accepted socket takes over from the listening one, where the platform knows it."""
+    """Where the platform knows them."""
     wanted = [
         ("TCP_NODELAY", 1),
         ("TCP_KEEPIDLE", 15),

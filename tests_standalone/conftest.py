@@ -187,7 +187,7 @@ def usage_row(**changes: Any) -> UsageRow:
         input_tokens=10, cached_tokens=0, cache_write_tokens=0, audio_input_tokens=0, output_tokens=5,
         reasoning_tokens=0, audio_output_tokens=0, counted_by="upstream", price="{}", price_unknown=0,
         cost_nanousd=1000, charged=1, status="ok", finish_reason="stop", stream=0, ended_by=None, ttft_ms=None,
-        duration_ms=7,
+        duration_ms=7, image_input_tokens=0, image_output_tokens=0, cache_write_1h_tokens=0,
     )  # fmt: skip
     return replace(row, **changes)
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from gateway.backends.vendors import CallIds, Quirks, quirks_of
 from gateway.config import DatabaseSettings, PriceSettings, Settings, load_settings, mask_url
 from gateway.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"
 LOCAL = "backends: {local: {type: openai, base_url: 'http://127.0.0.1:9/v1'}}\n"
 SECRET = "sk-veryverysecret"
+DEFAULTS = {"temperature": 0.2, "stop": ["a"], "x": {"y": None}}
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +201,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         "database.url": "must begin with sqlite:///, postgresql:// or postgres://",
         "backends.a.timeouts.connect": "must be more than 0",
         "backends.a.base_url": "is missing; type openai needs it",
-        "backends.b.type": "unknown type; known types: openai, scripted",
+        "backends.b.type": "unknown type; known types: openai, azure, ollama, scripted",
         "backends.c.base_url": "does not belong to type scripted; remove it",
         "backends.d.type": "is missing; add it",
         "models.x.price.input": "must be from 0 to 1000000 USD per million tokens",
@@ -226,6 +229,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("server: {max_body_mb: 1e999}", "server.max_body_mb: must be a number"),
         ("server: {host: 'http://h'}", "server.host: must be a host name or address"),
         ("server: {version: 1.10}", "server.version: must be text; put it in quotes"),
+        ("server: {metrics: everybody}", "server.metrics: must be 'admin' or 'open'"),
         ("server: {cors_origins: [chat.example.com]}", "server.cors_origins: must hold"),
         ("server: {trusted_proxies: [proxy]}", "server.trusted_proxies: must hold IP addresses"),
         ("server: {allowed_hosts: ['https://h']}", "server.allowed_hosts: must hold host names"),
@@ -486,7 +490,7 @@ def test_what_a_backend_has_when_it_says_nothing() -> None:
     ("entry", "expected"),
     [
         ("{base_url: 'http://h'}", "backends.b.type: is missing; add it"),
-        ("{type: opnai, base_url: 'http://h'}", "backends.b.type: unknown type; known types: openai, scripted"),
+        ("{type: opnai, base_url: 'http://h'}", "backends.b.type: unknown type; known types: openai, azure, ollama"),
         ("{type: openai}", "backends.b.base_url: is missing; type openai needs it"),
         ("{type: openai, base_url: ''}", "backends.b.base_url: is missing; type openai needs it"),
         ("{type: openai, base_url: h.example}", "backends.b.base_url: must be an http:// or https:// address"),
@@ -512,6 +516,241 @@ def test_what_a_backend_has_when_it_says_nothing() -> None:
 )
 def test_backends_with_mistakes(entry: str, expected: str) -> None:
     assert problem(f"backends: {{b: {entry}}}").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (
+            "drop: [stop, stream_options.include_obfuscation]",
+            Quirks(drop=("stop", "stream_options.include_obfuscation")),
+        ),
+        ("drop: []", Quirks(drop=())),
+        ("drop: 'stop, user'", Quirks(drop=("stop", "user"))),
+        ("drop: null", Quirks()),
+        ("rename: {seed: random_seed}", Quirks(rename={"seed": "random_seed"})),
+        ("defaults: {temperature: 0.2, stop: [a], x: {y: null}}", Quirks(defaults=DEFAULTS)),
+        ("roles: {developer: system}", Quirks(roles={"developer": "system"})),
+        (
+            "tool_call_ids: {alphabet: alphanumeric, length: 9}",
+            Quirks(tool_call_ids=CallIds("alphanumeric", length=9)),
+        ),
+        ("tool_call_ids: {max_length: '40'}", Quirks(tool_call_ids=CallIds(max_length=40))),
+        ("tool_call_ids: {}", Quirks(tool_call_ids=CallIds())),
+        ("tool_call_reasoning: Fill", Quirks(tool_call_reasoning="fill")),
+        ("message_fields: [role, content]", Quirks(message_fields=("role", "content"))),
+        ("flatten: [system]", Quirks(flatten=("system",))),
+        ("usage_in_stream: 'false'", Quirks(usage_in_stream=False)),
+        ("most_choices: 1", Quirks(most_choices=1)),
+        (
+            "by_model: {'grok-4*': {drop: [stop]}, '*': }",
+            Quirks(by_model={"grok-4*": Quirks(drop=("stop",)), "*": Quirks()}),
+        ),
+    ],
+)
+def test_peculiarities(written: str, expected: Quirks) -> None:
+    backend = load(f"backends: {{b: {{type: openai, base_url: 'http://h', {written}}}}}").backends["b"]
+    assert backend.quirks == expected
+    again = load(f"backends: {{b: {{type: azure, base_url: 'http://h', vendor: none, {written}}}}}").backends["b"]
+    assert again.quirks == expected
+
+
+def test_peculiarities_written_here_replace_those_of_the_vendor_one_by_one() -> None:
+    text = "backends: {b: {type: openai, base_url: 'https://api.mistral.ai/v1', drop: [], roles: {tool: user}}}"
+    assert load(text).backends["b"].quirks == replace(quirks_of("mistral"), drop=(), roles={"tool": "user"})
+
+
+@pytest.mark.parametrize(
+    ("entry", "vendor"),
+    [
+        ("type: openai, base_url: 'https://api.x.ai/v1'", "x-ai"),
+        ("type: openai, base_url: 'https://api.x.ai/v1', vendor: none", None),
+        ("type: openai, base_url: 'http://10.0.0.1/v1'", None),
+        ("type: openai, base_url: 'http://10.0.0.1/v1', vendor: groq", "groq"),
+        ("type: azure, base_url: 'https://proxy.example.com'", "azure"),
+        ("type: azure, base_url: 'https://x.openai.azure.com', vendor: none", None),
+        ("type: ollama", None),
+        ("type: scripted", None),
+    ],
+)
+def test_vendors(entry: str, vendor: str | None) -> None:
+    backend = load(f"backends: {{b: {{{entry}}}}}").backends["b"]
+    assert backend.vendor_name == vendor
+    assert backend.quirks == quirks_of(vendor)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("DROP", "stop, user", Quirks(drop=("stop", "user"))),
+        ("DROP", '["stop"]', Quirks(drop=("stop",))),
+        ("DROP", "[]", Quirks(drop=())),
+        ("DROP", "", Quirks()),
+        ("RENAME__SEED", "random_seed", Quirks(rename={"seed": "random_seed"})),
+        ("DEFAULTS__TEMPERATURE", "0.2", Quirks(defaults={"temperature": 0.2})),
+        ("DEFAULTS__STOP", '["a", 1]', Quirks(defaults={"stop": ["a", 1]})),
+        ("DEFAULTS__USER", "a: b: c", Quirks(defaults={"user": "a: b: c"})),
+        ("DEFAULTS__STORE", "false", Quirks(defaults={"store": False})),
+        ("TOOL_CALL_IDS__LENGTH", "9", Quirks(tool_call_ids=CallIds(length=9))),
+        ("USAGE_IN_STREAM", "no", Quirks(usage_in_stream=False)),
+        ("BY_MODEL__O1*__DROP", "stop", Quirks(by_model={"o1*": Quirks(drop=("stop",))})),
+    ],
+)
+def test_peculiarities_from_the_environment(name: str, value: str, expected: Quirks) -> None:
+    assert load(LOCAL, {f"GATEWAY__BACKENDS__LOCAL__{name}": value}).backends["local"].quirks == expected
+
+
+FIELD_NAMES = "must hold names like"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("dorp: [a]", "dorp: unknown setting; did you mean backends.b.drop?"),
+        ("drop: 5", "drop: must be a list"),
+        ("drop: [model]", f"drop: {FIELD_NAMES} logprobs"),
+        ("drop: [a..b]", f"drop: {FIELD_NAMES} logprobs"),
+        ("drop: [a b]", f"drop: {FIELD_NAMES} logprobs"),
+        ("rename: {messages: prompt}", f"rename: {FIELD_NAMES} seed"),
+        ("rename: {a: b, b: c}", "rename: must not rename a field to one that is renamed itself"),
+        ("rename: {a: 1}", "rename.a: must be text; put it in quotes"),
+        ("rename: [a]", "rename: must be a mapping"),
+        ("defaults: {stream: true}", "defaults: must not hold model, messages or stream"),
+        ("defaults: {a: 1e999}", "defaults: must hold numbers that JSON has"),
+        ("tool_call_ids: {length: 5}", "tool_call_ids.length: must be at least 6"),
+        ("tool_call_ids: {length: 9, max_length: 9}", "tool_call_ids: must have length, which is exact, or max_length"),
+        ("tool_call_ids: {alphabet: hex}", "tool_call_ids.alphabet: must be 'any', 'word' or 'alphanumeric'"),
+        (
+            "tool_call_ids: {lenght: 9}",
+            "tool_call_ids.lenght: unknown setting; did you mean backends.b.tool_call_ids.length?",
+        ),
+        ("tool_call_reasoning: keep", "tool_call_reasoning: must be 'pass', 'fill' or 'strip'"),
+        ("most_choices: 0", "most_choices: must be at least 1"),
+        ("by_model: {a: {drop: [stream]}}", f"by_model.a.drop: {FIELD_NAMES} logprobs"),
+        (
+            "by_model: {a: {by_model: {}}}",
+            "by_model.a.by_model: unknown setting; did you mean backends.b.by_model.a.",
+        ),
+        ("vendor: mistrall", "vendor: no such vendor; did you mean mistral?"),
+        ("api_version: '2024-10-21'", "api_version: does not belong to type openai; remove it"),
+        ("num_ctx: 1", "num_ctx: does not belong to type openai; remove it"),
+    ],
+)
+def test_peculiarities_with_mistakes(written: str, expected: str) -> None:
+    line = problem(f"backends: {{b: {{type: openai, base_url: 'http://h', {written}}}}}")
+    assert line.startswith(f"backends.b.{expected}")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("'2024-10-21'", "2024-10-21"), ("2025-01-01-preview", "2025-01-01-preview"), ("v1", None)],
+)
+def test_azure(written: str, expected: str | None) -> None:
+    text = f"backends: {{b: {{type: azure, base_url: 'https://x.openai.azure.com/', api_version: {written}}}}}"
+    backend = load(text).backends["b"]
+    assert (backend.base_url, backend.api_version) == ("https://x.openai.azure.com", expected)
+
+
+def test_ollama() -> None:
+    text = "backends: {b: {type: ollama, base_url: '${URL:-}', keep_alive: 5m, num_ctx: 8192, options: {num_gpu: 99}}}"
+    backend = load(text).backends["b"]
+    assert (backend.base_url, backend.keep_alive, backend.num_ctx) == ("http://127.0.0.1:11434", "5m", 8192)
+    assert backend.options == {"num_gpu": 99}
+    environ = {"URL": "http://h:1/", "GATEWAY__BACKENDS__B__OPTIONS__TOP_K": "3"}
+    moved = load(text, environ).backends["b"]
+    assert (moved.base_url, moved.options) == ("http://h:1", {"num_gpu": 99, "top_k": 3})
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("5", 5), ("'300'", 300), ("-1", -1), ("1.5", 1.5), ("24h", "24h"), ("1h30m", "1h30m"), ("''", None), ("0", 0)],
+)
+def test_how_long_ollama_keeps_a_model(written: str, expected: float | str | None) -> None:
+    assert load(f"backends: {{b: {{type: ollama, keep_alive: {written}}}}}").backends["b"].keep_alive == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("type: azure", "base_url: is missing; type azure needs it"),
+        ("type: azure, base_url: 'https://h', api_version: 2024", "api_version: must be text"),
+        ("type: azure, base_url: 'https://h', api_version: latest", "api_version: must look like 2024-10-21"),
+        ("type: azure, base_url: 'https://h/openai/v1'", "base_url: must end before the part of the path"),
+        ("type: azure, base_url: 'https://h/openai/deployments/d'", "base_url: must end before the part of the path"),
+        ("type: ollama, base_url: 'http://h:1/v1'", "base_url: must end before the part of the path"),
+        ("type: ollama, keep_alive: soon", "keep_alive: must be seconds, or a text like 5m or 24h"),
+        ("type: ollama, keep_alive: true", "keep_alive: must be a number"),
+        ("type: ollama, num_ctx: 0", "num_ctx: must be at least 1"),
+        ("type: ollama, drop: [stop]", "drop: does not belong to type ollama; remove it"),
+        ("type: scripted, vendor: groq", "vendor: does not belong to type scripted; remove it"),
+    ],
+)
+def test_other_types_with_mistakes(entry: str, expected: str) -> None:
+    assert problem(f"backends: {{b: {{{entry}}}}}").startswith(f"backends.b.{expected}")
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package that adds the type `odd`; its module does not exist."""
+    folder = tmp_path / "site" / "odd_backend-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-backend\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[gateway.backends]\nodd = no_such_module:make\n")
+    monkeypatch.syspath_prepend(folder.parent)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_types_of_plugins() -> None:
+    text = f"""
+    backends:
+      b:
+        type: odd
+        base_url: "http://h"
+        api_key: {SECRET}
+        vendor: openai
+        models: [m]
+        options:
+          region: eu
+          auth: {{client_secret: {SECRET}, tokens: [{SECRET}], url: "http://u:{SECRET}@h", max_tokens: 5}}
+    """
+    settings = load(text)
+    assert settings.backends["b"].options["auth"]["client_secret"] == SECRET
+    assert SECRET not in settings.describe() + repr(settings)
+    assert yaml.safe_load(settings.describe())["backends"]["b"]["options"] == {
+        "region": "eu",
+        "auth": {"client_secret": "*" * 10, "tokens": ["*" * 10], "url": f"http://{'*' * 10}@h", "max_tokens": 5},
+    }
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("type: ood", "type: unknown type; known types: openai, azure, ollama, scripted, odd"),
+        ("type: odd, scripts: {}", "scripts: does not belong to type odd; remove it"),
+        ("type: odd, drop: [a]", "drop: does not belong to type odd; remove it"),
+    ],
+)
+def test_types_of_plugins_with_mistakes(entry: str, expected: str) -> None:
+    assert problem(f"backends: {{b: {{{entry}}}}}") == f"backends.b.{expected}"
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "expected"),
+    [
+        ("", {}, True),
+        ("backends: {}", {}, True),
+        ("", {"OPENAI_API_KEY": SECRET}, True),
+        ("", {"OPENAI_API_KEY": SECRET, "GATEWAY__BACKENDS__OPENAI__ON_DISCONNECT": "cancel"}, True),
+        (LOCAL, {}, False),
+        ("backends: {b: {type: openai, base_url: 'http://h', api_key: ''}}", {}, False),
+        ("", {"GATEWAY__BACKENDS__B__TYPE": "scripted"}, False),
+    ],
+)
+def test_ollama_is_looked_for_when_nobody_wrote_a_backend(text: str, environ: dict[str, str], expected: bool) -> None:
+    settings = load(text, environ)
+    assert settings.probe_ollama is expected
+    assert "probe_ollama" not in settings.describe()
 
 
 def test_names_of_backends_hold_no_slash() -> None:
@@ -778,6 +1017,9 @@ def test_secrets_are_not_in_descriptions_and_reprs() -> None:
         "backends: {b: {type: SECRET}}",
         "backends: {b: {type: openai, base_url: 'http://u:SECRET'}}",
         "backends: {b: {type: openai, base_url: 'SECRET', api_key: 'SECRET SECRET'}}",
+        "backends: {b: {type: openai, base_url: 'http://h', drop: [SECRET SECRET], vendor: SECRET, roles: SECRET}}",
+        "backends: {b: {type: azure, base_url: 'http://h', api_version: SECRET, options: {token: SECRET}}}",
+        "backends: {b: {type: ollama, keep_alive: SECRET, options: SECRET}}",
         "backends: {b: {type: openai, base_url: 'http://h', headers: {Bearer SECRET: x}}}",
         "backends: {b: {type: openai, base_url: 'http://h', headers: {Bearer SECRET: [x]}}}",
         "models: {m: {backend: SECRET, fallbacks: [SECRET], price: {input: SECRET}}}",
@@ -933,6 +1175,17 @@ def test_a_description_can_be_read_again() -> None:
     assert again.describe().replace("**********", "") == described.replace("**********", "")
 
 
+def test_a_description_of_peculiarities_can_be_read_again() -> None:
+    entry = (
+        "{type: openai, base_url: 'http://h', api_key: x, drop: [], defaults: {a: {b: 1}}, usage_in_stream: false, "
+        "tool_call_ids: {length: 9}, by_model: {'a*': {drop: [stop]}, b: {}}}"
+    )
+    settings = load(f"backends: {{b: {entry}}}")
+    described = settings.describe()
+    assert load(described).backends["b"].quirks == settings.backends["b"].quirks
+    assert "flatten" not in described
+
+
 def _uncommented() -> Iterator[str]:
     """The shipped file with its examples switched on."""
     for line in SHIPPED.read_text(encoding="utf-8").splitlines():
@@ -957,7 +1210,7 @@ def test_the_shipped_file_leaves_room_for_the_seeds_names() -> None:
 
 def test_the_examples_of_the_shipped_file_work() -> None:
     settings = load("\n".join(_uncommented()), {"OPENAI_API_KEY": "a", "DEEPSEEK_API_KEY": "b", "EXAMPLE_API_KEY": "c"})
-    assert list(settings.backends) == ["openai", "deepseek", "ollama", "everything", "demo"]
+    assert list(settings.backends) == ["openai", "deepseek", "ollama", "everything", "local", "demo"]
     assert list(settings.models) == ["gpt-4o", "fast"]
 
 

@@ -17,11 +17,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "gateway"
 
 BACKENDS = ("backends.base",)
+HTTP = ("backends.base", "backends.http", "backends.floats", "backends.adapt")
 DIALECTS = ("api.common",)
 NOUNS = ("store.conversations", "store.files", "store.keys", "store.sessions", "store.text", "store.usage")
 CORE = (
-    *("admission", "attachments", "auth", "budgets", "catalog", "conversations", "drain", "ledger", "limits"),
-    *("metering", "pricing", "relay", "tokens"),
+    *("admission", "attachments", "auth", "budgets", "call", "catalog", "conversations", "drain", "health", "ledger"),
+    *("limits", "metering", "metrics", "operations", "price_table", "pricing", "relay", "tokens"),
 )
 WEB = ("middleware", "responses")
 WIRE = ("wire", "wire.*")
@@ -32,10 +33,15 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "cli": ("*",),
     "cli.*": ("*",),
     "app": ("*",),
+    "compose": ("*",),
     "errors": (),
     "logs": WIRE,
-    "config": ("errors", "config_sources"),
-    "config_sources": ("errors",),
+    "config": ("errors", "config_*"),
+    "config_draft": (),
+    "config_file": ("config_draft",),
+    "config_values": ("config_draft", "config_file"),
+    "config_sources": ("config_draft", "config_values"),
+    "config_backends": ("config_draft", "config_values", "backends.vendors"),
     "wire": (),
     "wire.*": ("errors", *WIRE),
     "store.database": (),
@@ -46,8 +52,14 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "store.*": ("errors", "store.database", "store.text", *WIRE),
     "backends.base": ("errors", *WIRE),
     "backends.transport": ("errors",),
+    "backends.floats": WIRE,
+    "backends.vendors": (),
+    "backends.adapt": ("errors", *WIRE, "backends.vendors"),
+    "backends.client*": ("errors", "backends.transport", "backends.client*"),
     "backends.http": ("errors", *WIRE, "backends.base", "backends.transport"),
-    "backends.*": ("errors", *WIRE, "backends.base", "backends.http"),
+    "backends.azure": ("errors", *WIRE, *HTTP, "backends.openai"),
+    "backends.ollama*": ("errors", *WIRE, *HTTP, "backends.ollama_*", "backends.transport"),
+    "backends.*": ("errors", *WIRE, *HTTP),
     "blobs.*": ("errors",),
     "extract.*": ("errors", "extract.*"),
     "server": ("server_protocol",),
@@ -127,15 +139,14 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     assert set(TopologicalSorter(IMPORTS).static_order()) == set(SOURCES)
 
 
-def test_only_app_and_the_command_line_know_app_drivers_and_vendors() -> None:
-    vendors = {name for name in SOURCES if rule(name) is MAY_IMPORT["backends.*"]}
-
+def test_only_compose_app_and_the_command_line_know_vendors_drivers_and_app() -> None:
     def known_to(name: str) -> set[str]:
         return {module for module, names in IMPORTS.items() if name in names}
 
-    assert {"backends.openai", "backends.scripted"} <= vendors
-    assert {module for name in vendors for module in known_to(name)} == {"app"}
+    vendors = {"backends.openai", "backends.azure", "backends.ollama", "backends.scripted"}
+    assert {module for name in vendors for module in known_to(name)} == {"compose", "backends.azure"}
     assert known_to("store.postgres") == known_to("store.sqlite") == {"store.connect"}
+    assert {module.partition(".")[0] for module in known_to("compose")} == {"app", "cli"}
     assert {module.partition(".")[0] for module in known_to("app")} == {"cli"}
 
 

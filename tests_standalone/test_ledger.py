@@ -520,3 +520,59 @@ async def test_while_commits_fail_nothing_new_may_start(ledger: Ledger, unsteady
     unsteady.down = False
     await waiting
     ledger.check()
+
+
+# What it tells
+
+
+class Told:
+    """What a ledger tells, in order; of times only that they passed."""
+
+    def __init__(self) -> None:
+        self.words: list[object] = []
+
+    def committed(self, turns: int, seconds: float) -> None:
+        assert seconds > 0
+        self.words.append(turns)
+
+    def commit_failed(self) -> None:
+        self.words.append("failed")
+
+    def turn_recorded(self, seconds: float) -> None:
+        assert seconds > 0
+        self.words.append("recorded")
+
+    def turn_refused(self) -> None:
+        self.words.append("refused")
+
+
+async def test_commits_and_turns_are_counted(unsteady: Unsteady) -> None:
+    told = Told()
+    ledger = Ledger(unsteady, told)
+    ledger.start()
+    await asyncio.gather(*(ledger.record(turn()) for _ in range(3)))
+    assert told.words == [3, "recorded", "recorded", "recorded"]
+    assert ledger.waiting == 0
+
+    unsteady.down = True
+    waiting = asyncio.create_task(ledger.record(turn()))
+    await settle()
+    assert (told.words[4:5], ledger.waiting) == (["failed"], 1)
+    unsteady.down = False
+    await waiting
+    assert set(told.words[4:-2]) == {"failed"}
+    assert told.words[-2:] == [1, "recorded"]
+    await ledger.aclose()
+    with pytest.raises(NotRecorded):
+        await ledger.record(turn())
+    assert told.words[-1] == "refused"
+
+
+async def test_a_turn_that_the_database_rejects_is_refused(unsteady: Unsteady) -> None:
+    told = Told()
+    ledger = Ledger(unsteady, told)
+    ledger.start()
+    good, bad = await asyncio.gather(ledger.record(turn()), ledger.record(turn(model=None)), return_exceptions=True)
+    assert (good, type(bad)) == (None, NotRecorded)
+    assert sorted(map(str, told.words)) == ["2", "recorded", "refused"]
+    await ledger.aclose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -374,6 +375,62 @@ async def test_other_headers_say_nothing_of_the_client(name: str, lines: Lines) 
 async def test_a_long_forgery_is_cut(lines: Lines) -> None:
     await ask(stack(ok, trusted=["127.0.0.0/8"]), headers=[("x-forwarded-for", "x" * 10_000)])
     assert [len(line["client"]) for line in lines()] == [64]
+
+
+# Metrics
+
+
+class Told:
+    """What the middleware tells, in order."""
+
+    def __init__(self) -> None:
+        self.words: list[tuple[object, ...]] = []
+
+    def request_begun(self) -> None:
+        self.words.append(("begun",))
+
+    def stream_begun(self) -> None:
+        self.words.append(("stream",))
+
+    def request_ended(self, route: str, method: str, status: int, seconds: float, *, streamed: bool) -> None:
+        assert seconds > 0
+        self.words.append((route, method, status, streamed))
+
+
+async def events(_scope: Scope, _receive: Receive, send: Send) -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"data: 1\n\n"})
+
+
+async def left(scope: Scope, _receive: Receive, _send: Send) -> None:
+    scope["state"]["client_left"] = True
+
+
+@pytest.mark.parametrize(
+    ("inner", "path", "method", "told"),
+    [
+        (ok, "/x", "GET", [("", "GET", 200, False)]),
+        (events, "/x", "POST", [("stream",), ("", "POST", 200, True)]),
+        (left, "/x", "POST", [("", "POST", 499, False)]),
+        (failing(ValueError("any")), "/x", "POST", [("", "POST", 500, False)]),
+        ("routed", "/models/", "GET", [("/v1/models", "GET", 200, False)]),
+        ("routed", "/models", "DELETE", [("/v1/models", "DELETE", 405, False)]),
+        ("routed", "/nothing", "GET", [("", "GET", 404, False)]),
+    ],
+)
+async def test_requests_are_counted(inner: App | str, path: str, method: str, told: list[tuple[object, ...]]) -> None:
+    metrics = Told()
+    app = routed if isinstance(inner, str) else inner
+    await ask(stack(app), path, method=method, state={"metrics": metrics})
+    assert metrics.words == [("begun",), *told]
+
+
+async def test_a_request_that_is_cancelled_has_ended_too() -> None:
+    metrics = Told()
+    with contextlib.suppress(asyncio.CancelledError):
+        await ask(stack(failing(asyncio.CancelledError())), state={"metrics": metrics})
+    assert metrics.words == [("begun",), ("", "GET", 499, False)]
 
 
 # Errors

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.pricing import NANO, Price, usd
+from gateway.pricing import DAY, NANO, Period, Price, PriceSchedule, Tier, usd
 from gateway.wire.chat import Usage
 
 GPT_4O = Price.from_usd({"input": Decimal("2.50"), "cached_input": Decimal("1.25"), "output": Decimal("10.00")})
@@ -73,6 +73,109 @@ class TestCost:
     ) -> None:
         assert price.cost(usage) == nano
 
+    def test_a_call_may_have_a_price_of_its_own(self) -> None:
+        price = Price(NANO, NANO, requests=12_000_000)
+        assert price.cost(Usage()) == 12_000_000
+        assert price.cost(Usage(1000, 500)) == 12_000_000 + 1_000_000 + 500_000
+        assert Price(None, NANO, requests=12_000_000).cost(Usage(1)) is None
+
+
+class TestTiers:
+    TIERED = Price(
+        2 * NANO,
+        10 * NANO,
+        cached_input=NANO,
+        tiers=(
+            Tier(200_000, Price(4 * NANO, 15 * NANO, cached_input=2 * NANO)),
+            Tier(500_000, Price(8 * NANO, 20 * NANO)),
+        ),
+    )
+
+    @pytest.mark.parametrize(
+        ("usage", "nano"),
+        [
+            (Usage(199_999, 10), 199_999 * 2_000 + 10 * 10_000),
+            (Usage(200_000, 10), 200_000 * 2_000 + 10 * 10_000),
+            (Usage(200_001, 10), 200_001 * 4_000 + 10 * 15_000),
+            (Usage(500_000, 10), 500_000 * 4_000 + 10 * 15_000),
+            (Usage(500_001, 10), 500_001 * 8_000 + 10 * 20_000),
+            (Usage(10**7), 10**7 * 8_000),
+            (Usage(0, 10**7), 10**7 * 10_000),
+            (Usage(200_001, cached_tokens=200_000), 4_000 + 200_000 * 2_000),
+            (Usage(500_001, cached_tokens=500_000), 500_001 * 8_000),
+        ],
+    )
+    def test_the_input_tokens_decide_for_the_whole_call(self, usage: Usage, nano: int) -> None:
+        assert self.TIERED.cost(usage) == nano
+
+    def test_a_tier_does_not_borrow_from_the_one_below(self) -> None:
+        price = Price(NANO, NANO, tiers=(Tier(10, Price(NANO, None)),))
+        assert price.cost(Usage(10, 1)) == 11_000
+        assert price.cost(Usage(11, 1)) is None
+
+    def test_what_a_row_stores_gives_the_cost_again(self) -> None:
+        stored = json.loads(self.TIERED.to_json())
+        assert stored == {
+            "input": 2 * NANO,
+            "output": 10 * NANO,
+            "cached_input": NANO,
+            "tiers": [
+                {"above": 200_000, "input": 4 * NANO, "output": 15 * NANO, "cached_input": 2 * NANO},
+                {"above": 500_000, "input": 8 * NANO, "output": 20 * NANO},
+            ],
+        }
+        assert Price.read(stored) == self.TIERED
+
+
+JANUARY = 1_767_225_600_000
+"""2026-01-01T00:00:00Z in milliseconds."""
+OLD, NEW, NIGHT = Price(1, 1), Price(2, 2), Price(3, 3)
+
+
+class TestTime:
+    @pytest.mark.parametrize("moment", [0, JANUARY, JANUARY + DAY // 2])
+    def test_a_flat_price_is_always_the_same(self, moment: int) -> None:
+        assert OLD.at(moment) is OLD
+
+    @pytest.mark.parametrize(
+        ("moment", "price"),
+        [(0, OLD), (JANUARY - 1000, OLD), (JANUARY - 1, OLD), (JANUARY, NEW), (JANUARY + 1000, NEW)],
+    )
+    def test_a_new_price_begins_at_midnight(self, moment: int, price: Price) -> None:
+        assert PriceSchedule([Period(OLD), Period(NEW, since=JANUARY)]).at(moment) is price
+
+    @pytest.mark.parametrize("day", [0, JANUARY, JANUARY + 45 * DAY])
+    @pytest.mark.parametrize(
+        ("begin", "end", "moment", "price"),
+        [
+            ("00:30", "16:30", "00:29:59.999", OLD),
+            ("00:30", "16:30", "00:30:00.000", NIGHT),
+            ("00:30", "16:30", "16:29:59.999", NIGHT),
+            ("00:30", "16:30", "16:30:00.000", OLD),
+            ("16:30", "00:30", "16:29:59.999", OLD),
+            ("16:30", "00:30", "16:30:00.000", NIGHT),
+            ("16:30", "00:30", "23:59:59.999", NIGHT),
+            ("16:30", "00:30", "00:00:00.000", NIGHT),
+            ("16:30", "00:30", "00:29:59.999", NIGHT),
+            ("16:30", "00:30", "00:30:00.000", OLD),
+            ("16:30", "16:30", "16:30:00.000", OLD),
+        ],
+    )
+    def test_a_time_of_day_ends_before_its_end(self, day: int, begin: str, end: str, moment: str, price: Price) -> None:
+        schedule = PriceSchedule([Period(OLD), Period(NIGHT, daily=(clock(begin), clock(end)))])
+        assert schedule.at(day + clock(moment)) is price
+
+    def test_the_last_period_that_holds_counts(self) -> None:
+        schedule = PriceSchedule([Period(OLD), Period(NIGHT, daily=(0, 1000)), Period(NEW, since=JANUARY)])
+        assert schedule.at(JANUARY - DAY) is NIGHT
+        assert schedule.at(JANUARY) is NEW
+
+    def test_the_first_one_counts_if_none_holds(self) -> None:
+        assert PriceSchedule([Period(NEW, since=JANUARY), Period(NIGHT, since=JANUARY + DAY)]).at(0) is NEW
+
+    def test_a_price_may_become_unknown(self) -> None:
+        assert PriceSchedule([Period(OLD), Period(None, since=JANUARY)]).at(JANUARY) is None
+
 
 class TestRounding:
     @pytest.mark.parametrize(
@@ -119,13 +222,20 @@ class TestPrice:
             (GPT_4O, {"input": 2_500_000_000, "output": 10_000_000_000, "cached_input": 1_250_000_000}),
             (Price(0, None), {"input": 0}),
             (Price(None, None), {}),
+            (Price(NANO, NANO, requests=5), {"input": NANO, "output": NANO, "requests": 5}),
         ],
     )
     def test_stored_with_the_row(self, price: Price, stored: dict[str, Any]) -> None:
         assert json.loads(price.to_json()) == stored
-        assert Price(**({"input": None, "output": None} | json.loads(price.to_json()))) == price
+        assert Price.read(json.loads(price.to_json())) == price
 
 
 @pytest.mark.parametrize(("nano", "dollars"), [(None, None), (0, 0.0), (1, 1e-9), (12_500_000, 0.0125), (-5, -5e-9)])
 def test_dollars_for_showing(nano: int | None, dollars: float | None) -> None:
     assert usd(nano) == dollars
+
+
+def clock(text: str) -> int:
+    """Milliseconds since midnight of `16:30` or `16:29:59.999`."""
+    hours, minutes, seconds = ([float(part) for part in text.split(":")] + [0.0])[:3]
+    return round(((hours * 60 + minutes) * 60 + seconds) * 1000)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from gateway import call as calls
 from gateway import ledger as ledgers
 from gateway import relay as relays
 from gateway.auth import Caller
 from gateway.backends.base import ModelInfo
 from gateway.backends.scripted import Script, ScriptedBackend
+from gateway.call import Job, Relay
 from gateway.catalog import Catalog, Model, OnDisconnect, Route
 from gateway.conversations import Conversations, Talk
 from gateway.drain import Drain
@@ -31,8 +33,9 @@ from gateway.errors import (
 )
 from gateway.ledger import Ledger
 from gateway.pricing import Price
-from gateway.relay import Exchange, Job, Relay, StreamExchange
+from gateway.relay import Exchange, StreamExchange
 from gateway.store.database import Database
+from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Chunk, Completion
 from gateway.wire.jsontext import dumps
 from tests_standalone.conftest import NOON, Unsteady, rows, settle
@@ -159,11 +162,11 @@ class Rig:
         self.ledger = Ledger(self.database)
         self.drain = Drain()
         self.conversations = Conversations(database)
-        self.relay = Relay(Catalog({}), self.ledger, self.drain)
+        self.relay = Relay(Catalog({}), self.ledger, self.drain, TokenCounter())
         self.talk: Talk | None = None
 
     def use(self, *models: Model) -> None:
-        self.relay = Relay(Catalog({}, models), self.ledger, self.drain)
+        self.relay = Relay(Catalog({}, models), self.ledger, self.drain, TokenCounter())
 
     async def job(self, model: Model, *, keep: bool = True, **fields: Any) -> Job:
         """A call of ann's that says `12 characters` (3 tokens by estimate)."""
@@ -175,11 +178,11 @@ class Rig:
         return Job("req_1", caller, "kid", model, sent, self.talk, request.wants_usage, at=NOON)
 
     async def exchange(self, *upstreams: Upstream | ScriptedBackend, **options: Any) -> Exchange:
-        return self.relay.exchange(await self.job(model(*upstreams, **_routing(options)), **options))
+        return Exchange(self.relay, await self.job(model(*upstreams, **_routing(options)), **options))
 
     async def stream(self, *upstreams: Upstream | ScriptedBackend, **options: Any) -> StreamExchange:
         found = await self.job(model(*upstreams, **_routing(options)), stream=True, **options)
-        return self.relay.stream(found)
+        return StreamExchange(self.relay, found)
 
     async def rows(self) -> list[dict[str, Any]]:
         columns = (
@@ -494,7 +497,7 @@ async def test_a_fallback_is_called_by_its_own_names_and_prices(rig: Rig) -> Non
     spare = Model("spare", [Route(second, "real-spare", Price(0, 10_000_000))])
     wanted = Model("m", [Route(first, "real-m", PRICE)], fallbacks=["spare"])
     rig.use(wanted, spare)
-    await rig.relay.exchange(await rig.job(wanted)).complete()
+    await Exchange(rig.relay, await rig.job(wanted)).complete()
     assert [first.asked[0].model, second.asked[0].model] == ["real-m", "real-spare"]
     await rig.check_rows(
         FAILED_ROW | {"backend": "first", "model": "m", "upstream_model": "real-m"},
@@ -505,7 +508,7 @@ async def test_a_fallback_is_called_by_its_own_names_and_prices(rig: Rig) -> Non
 async def test_the_upstream_gets_the_request_as_it_was(rig: Rig) -> None:
     upstream = Upstream("up", whole())
     found = await rig.job(model(upstream), temperature=1.0, unknown={"a": [None]})
-    await rig.relay.exchange(found).complete()
+    await Exchange(rig.relay, found).complete()
     assert upstream.asked == [found.request]
 
 
@@ -857,7 +860,7 @@ async def test_a_client_that_leaves_while_nothing_comes_is_drained_when_it_comes
 
 @pytest.mark.parametrize("read", range(5))
 async def test_draining_ends_when_its_time_is_up(rig: Rig, read: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relays, "DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "DRAIN_SECONDS", 0.01)
     upstream = Upstream("up", [*HELLO[:read], HANG, *HELLO[read:]])
     exchange = await rig.stream(upstream)
     await read_some(exchange, read)
@@ -936,7 +939,7 @@ async def test_a_client_that_does_not_wait_for_a_whole_reply(rig: Rig, policy: O
 
 
 async def test_draining_a_whole_reply_ends_when_its_time_is_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relays, "DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "DRAIN_SECONDS", 0.01)
     exchange = await rig.exchange(Upstream("up", HANG))
     calling = asyncio.ensure_future(exchange.complete())
     await settle()
@@ -975,7 +978,7 @@ async def test_a_refusal_costs_nothing_even_if_the_client_has_left(
 
 
 async def test_the_row_says_that_draining_ended_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relays, "DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "DRAIN_SECONDS", 0.01)
     exchange = await rig.stream(Upstream("up", [*HELLO[:2], HANG]))
     await read_some(exchange, 2)
     exchange.client_left()
@@ -1124,7 +1127,7 @@ async def test_the_first_chunk_of_a_second_attempt_is_timed_like_its_row(rig: Ri
     """Ten seconds went by before the attempt that answered began."""
     found = await rig.job(model(Upstream("up", HELLO)), stream=True)
     found.started -= 10
-    left = await drive(rig.relay.stream(found))
+    left = await drive(StreamExchange(rig.relay, found))
     ((ttft_ms, duration_ms),) = await rows(rig.database, "SELECT ttft_ms, duration_ms FROM usage_rows")
     assert ttft_ms <= duration_ms
     assert left[-2]["timings"]["prompt_ms"] < 10_000

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.auth import Auth, Caller, Peer
-from gateway.catalog import Catalog
+from gateway.call import Call, Relay
+from gateway.catalog import Catalog, Model
 from gateway.config import Settings
 from gateway.conversations import Conversations
 from gateway.drain import Drain
 from gateway.errors import BadRequest, BodyTooLarge, Unavailable, UnsupportedMediaType
 from gateway.middleware import header
-from gateway.relay import Relay
-from gateway.responses import Receive, Scope
+from gateway.responses import Header, Receive, Scope, header_value
 from gateway.store.database import Database
 
 
@@ -64,17 +67,74 @@ async def identify(scope: Scope) -> Caller:
     return caller
 
 
+async def find_model(scope: Scope, caller: Caller, name: str | None, assumed: str | None = None) -> Model:
+    """The model that a request names, in its body or its path; else the assumed one, else the default. Raises
+    ModelNotFound, PermissionDenied."""
+    model = await services(scope).catalog.resolve(name or scope["state"].get("deployment") or assumed)
+    scope["state"]["model"] = model.name
+    caller.check_model(model.name, name)
+    return model
+
+
+def check_refused(found: Services, model: Model, data: Mapping[str, Any]) -> None:
+    """Raises BadRequest for a field that a backend of the model does not take."""
+    refused = next((key for route in found.catalog.routes(model) for key in route.refuse & data.keys()), None)
+    if refused is not None:
+        raise BadRequest(f"'{refused}' is not accepted by this gateway.", param=refused, code="unsupported_parameter")
+
+
+def end_user(scope: Scope, data: Mapping[str, Any]) -> str | None:
+    """A label from the client for whom it asks; never a right."""
+    named = data.get("safety_identifier") or data.get("user")
+    if named:
+        return str(named)
+    told = header(scope, b"x-openwebui-user-id")
+    return told.decode("latin-1") if told else None
+
+
+def call_headers(call: Call[Any]) -> list[Header]:
+    """What the reply to a call says about it."""
+    found = [
+        (b"x-gateway-model", header_value(call.job.model.name)),
+        (b"openai-processing-ms", b"%d" % ((time.perf_counter() - call.job.started) * 1000)),
+        (b"openai-version", b"2020-10-01"),
+    ]
+    if call.route is not None:
+        found.append((b"x-gateway-backend", header_value(call.route.backend.name)))
+    if call.conversation_id is not None:
+        found.append((b"x-conversation-id", call.conversation_id.encode()))
+    return found
+
+
+def cost_header(cost: float | None) -> list[Header]:
+    return [] if cost is None else [(b"x-gateway-cost", f"{cost:.9f}".encode())]
+
+
+def media_type(scope: Scope) -> str:
+    """What the body is said to be, without its parameters."""
+    return (header(scope, b"content-type") or b"").partition(b";")[0].strip().lower().decode("latin-1")
+
+
 async def read_json_body(scope: Scope, receive: Receive) -> bytes:
     """The body of a JSON route. Raises UnsupportedMediaType, and BodyTooLarge: before reading if the length is told."""
-    kind = (header(scope, b"content-type") or b"").partition(b";")[0].strip().lower()
-    if kind != b"application/json" and not kind.endswith(b"+json"):
+    kind = media_type(scope)
+    if kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedMediaType("Send the body as JSON, with `Content-Type: application/json`.")
+    return await _read_body(scope, receive, services(scope).settings.server.max_body_mb, "server.max_body_mb")
+
+
+async def read_form_body(scope: Scope, receive: Receive) -> bytes:
+    """The body of a form. Raises as `read_json_body` does."""
+    return await _read_body(scope, receive, services(scope).settings.files.max_request_mb, "files.max_request_mb")
+
+
+async def _read_body(scope: Scope, receive: Receive, megabytes: float, setting: str) -> bytes:
     if header(scope, b"content-encoding") not in (None, b"identity"):
-        raise UnsupportedMediaType("Compressed request bodies are not accepted. Send the JSON as it is.")
-    limit = int(services(scope).settings.server.max_body_mb * 1024 * 1024)
+        raise UnsupportedMediaType("Compressed request bodies are not accepted. Send the body as it is.")
+    limit = int(megabytes * 1024 * 1024)
     length = header(scope, b"content-length")
     if length is not None and int(length) > limit:
-        raise _too_large(limit)
+        raise _too_large(limit, setting)
     parts: list[bytes] = []
     size = 0
     while True:
@@ -84,12 +144,12 @@ async def read_json_body(scope: Scope, receive: Receive) -> bytes:
         part = message.get("body", b"")
         size += len(part)
         if size > limit:
-            raise _too_large(limit)
+            raise _too_large(limit, setting)
         parts.append(part)
         if not message.get("more_body", False):
             scope["state"]["body_read"] = True
             return b"".join(parts) if len(parts) > 1 else parts[0]
 
 
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body is larger than {limit / 1024 / 1024:g} MiB (server.max_body_mb).")
+def _too_large(limit: int, setting: str) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than {limit / 1024 / 1024:g} MiB ({setting}).")

@@ -1,12 +1,17 @@
-"""What the core asks of an upstream. A backend translates only: policy, limits, prices and history live elsewhere."""
+"""What the core asks of an upstream. A backend translates only: policy, limits, prices and history live elsewhere.
+
+Every backend answers chat. What else it can do it says by being an `Operator` (embeddings, pictures, sound, the older
+completions) or `Loadable` (it holds models in memory, and can be told to).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from gateway.wire.chat import ChatRequest, Chunk, Completion
+from gateway.wire.operation import CHAT, OperationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +56,59 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Breaks off what runs and gives connections back."""
+
+
+class OperationReply(Protocol):
+    """An answer to an operation, in OpenAI's shape: JSON, events, text or sound."""
+
+    content_type: str
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, as they come; empty at its end. Raises UpstreamError."""
+
+    async def close(self) -> None:
+        """As of a ChunkStream."""
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """A backend that does more than chat."""
+
+    @property
+    def operations(self) -> frozenset[str]:
+        """Some of `wire.operation.OPERATIONS`. With `completions` among them, `complete` and `stream` also take a
+        CompletionRequest and answer in its shape."""
+
+    async def operate(self, request: OperationRequest) -> OperationReply:
+        """Returns once the upstream has accepted the request. Raises UpstreamError, and BadRequest for what it can
+        never do."""
+
+
+def operations_of(backend: Backend) -> frozenset[str]:
+    return backend.operations if isinstance(backend, Operator) else _CHAT_ALONE
+
+
+_CHAT_ALONE = frozenset({CHAT})
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """A model that lies in memory. `expires_at` in Unix milliseconds; None: nobody said."""
+
+    state: Literal["loaded", "loading", "unloaded"]
+    expires_at: int | None = None
+    memory_bytes: int | None = None
+    context_length: int | None = None
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """A backend that holds models in memory. All methods raise UpstreamError."""
+
+    async def load(self, model: str) -> LoadState:
+        """Returns when it is loaded, which may take minutes."""
+
+    async def unload(self, model: str) -> LoadState: ...
+
+    async def load_states(self) -> Mapping[str, LoadState]:
+        """Those that are loaded now."""

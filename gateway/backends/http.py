@@ -7,15 +7,18 @@ path, headers and body, and bytes into values; it never awaits. Retries and fall
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Protocol
 
-from gateway.backends.base import ModelInfo
+from gateway.backends.base import ModelInfo, OperationReply
 from gateway.backends.transport import Response, Timeouts, Transport
 from gateway.errors import UpstreamError
 from gateway.wire import WireError
 from gateway.wire.chat import ChatRequest, Chunk, Completion
+from gateway.wire.operation import OperationRequest
 
 MAX_REPLY = 64 << 20
 MAX_ERROR = 64 << 10
@@ -51,17 +54,27 @@ class Translator(Protocol):
     stream_type: str
     """The media type of a streamed reply."""
 
+    operations: frozenset[str]
+    """What it can do, of `wire.operation.OPERATIONS`."""
+
     def models_request(self) -> HTTPRequest: ...
 
     def models(self, body: bytes) -> Sequence[ModelInfo]:
         """Raises WireError."""
 
-    def request(self, request: ChatRequest) -> HTTPRequest: ...
+    def request(self, request: ChatRequest) -> HTTPRequest:
+        """Raises BadRequest for what the upstream can never do."""
 
-    def completion(self, body: bytes) -> Completion:
+    def completion(self, request: ChatRequest, body: bytes) -> Completion:
         """Raises WireError, or UpstreamError for an error sent with status 200."""
 
-    def decoder(self) -> Decoder: ...
+    def decoder(self, request: ChatRequest) -> Decoder: ...
+
+    def operation_request(self, request: OperationRequest) -> HTTPRequest:
+        """Of one of `operations`. Raises BadRequest."""
+
+    def operation_reply(self, request: OperationRequest, body: bytes) -> bytes:
+        """A JSON reply in OpenAI's shape; other types pass as they are. Raises WireError, UpstreamError."""
 
     def error(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
         """The failure as our client shall see it."""
@@ -98,7 +111,7 @@ class HTTPBackend:
     async def complete(self, request: ChatRequest) -> Completion:
         body = await self._fetch(self._translator.request(request))
         try:
-            return self._translator.completion(body)
+            return self._translator.completion(request, body)
         except WireError as failure:
             raise _unreadable(failure) from failure
 
@@ -108,7 +121,24 @@ class HTTPBackend:
         if found != self._translator.stream_type:
             response.close()
             raise UpstreamError("The upstream did not answer with a stream.", log=f"content-type {found!r}")
-        return HTTPChunkStream(response, self._translator.decoder(), self._ending)
+        return HTTPChunkStream(response, self._translator.decoder(request), self._ending)
+
+    @property
+    def operations(self) -> frozenset[str]:
+        return self._translator.operations
+
+    async def operate(self, request: OperationRequest) -> OperationReply:
+        response = await self._send(self._translator.operation_request(request))
+        content_type = response.headers.get("content-type", "application/octet-stream")
+        if not is_json(content_type):
+            return PassedReply(content_type, response)
+        try:
+            body = await response.read_all(MAX_REPLY)
+            return WholeReply("application/json", self._translator.operation_reply(request, body))
+        except WireError as failure:
+            raise _unreadable(failure) from failure
+        finally:
+            response.close()
 
     async def aclose(self) -> None:
         """The transport is shared: its owner closes it."""
@@ -134,7 +164,9 @@ class HTTPBackend:
             body = b""
         finally:
             response.close()
-        raise self._translator.error(response.status, response.headers, body)
+        failure = self._translator.error(response.status, response.headers, body)
+        failure.retry_after = retry_after({**failure.headers, **_timing(response.headers)})
+        raise failure
 
 
 class HTTPChunkStream:
@@ -188,6 +220,57 @@ class HTTPChunkStream:
             pass
         finally:
             self._response.close()
+
+
+class PassedReply:
+    """A reply whose bytes pass as they come."""
+
+    def __init__(self, content_type: str, response: Response) -> None:
+        self.content_type = content_type
+        self._response = response
+
+    async def read(self) -> bytes:
+        return await self._response.read()
+
+    async def close(self) -> None:
+        self._response.close()
+
+
+class WholeReply:
+    """A reply that was read and put into OpenAI's shape."""
+
+    def __init__(self, content_type: str, body: bytes) -> None:
+        self.content_type = content_type
+        self._body = body
+
+    async def read(self) -> bytes:
+        body, self._body = self._body, b""
+        return body
+
+    async def close(self) -> None:
+        pass
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds from `retry-after-ms`, or from `retry-after` (seconds or an HTTP date); None: it does not say."""
+    try:
+        if "retry-after-ms" in headers:
+            return float(headers["retry-after-ms"]) / 1000
+        value = headers.get("retry-after", "")
+        if value.replace(".", "", 1).isdecimal():
+            return float(value)
+        return parsedate_to_datetime(value).timestamp() - time.time() if value else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _timing(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: headers[name] for name in ("retry-after", "retry-after-ms") if name in headers}
+
+
+def is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
 
 
 def _unreadable(failure: WireError) -> UpstreamError:

@@ -1,6 +1,7 @@
 """Everything that speaks OpenAI: OpenAI itself, DeepSeek, vLLM, llama.cpp, LM Studio, OpenRouter, another gateway.
 
-Requests and replies pass as they are. The one thing added is `stream_options.include_usage`.
+Replies pass as they are. Requests do, too, but for what the settings and the vendor's peculiarities change (`adapt`);
+the one thing added is `stream_options.include_usage`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gateway.backends import floats
+from gateway.backends.adapt import Adapter
 from gateway.backends.base import ModelInfo
 from gateway.backends.http import HTTPRequest
 from gateway.errors import UpstreamError
@@ -15,20 +18,30 @@ from gateway.wire import WireError, sse
 from gateway.wire.chat import ChatRequest, Chunk, Completion
 from gateway.wire.failures import error_from, streamed_error
 from gateway.wire.jsontext import loads
+from gateway.wire.operation import EMBEDDINGS, OPERATIONS, OperationRequest
 
 
 class OpenAITranslator:
-    """Pure: OpenAI's chat completions over HTTP."""
+    """Pure: OpenAI's API over HTTP, in the dialect of one upstream (`adapter`)."""
 
     stream_type = "text/event-stream"
+    operations = OPERATIONS
 
-    def __init__(self, api_key: str = "") -> None:
-        self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if api_key:
-            self._headers["authorization"] = f"Bearer {api_key}"
+    def __init__(self, api_key: str = "", adapter: Adapter | None = None) -> None:
+        self._adapter = adapter or Adapter()
+        self._headers = {"accept-encoding": "identity", **(self._credentials(api_key) if api_key else {})}
+        self._whole = {"content-type": "application/json", **self._headers, "accept": "application/json"}
+        self._streamed = {**self._whole, "accept": self.stream_type}
+
+    def _credentials(self, api_key: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {api_key}"}
+
+    def _path(self, operation: str, model: str) -> str:
+        """Where an operation is asked for, behind the base URL. Raises BadRequest."""
+        return f"/{operation}"
 
     def models_request(self) -> HTTPRequest:
-        return HTTPRequest("GET", "/models", {**self._headers, "accept": "application/json"})
+        return HTTPRequest("GET", "/models", self._whole)
 
     def models(self, body: bytes) -> Sequence[ModelInfo]:
         data = _object(body)
@@ -46,11 +59,13 @@ class OpenAITranslator:
         ]
 
     def request(self, request: ChatRequest) -> HTTPRequest:
-        asked = request.asking_for_usage() if request.stream else request
-        accept = self.stream_type if request.stream else "application/json"
-        return HTTPRequest("POST", "/chat/completions", {**self._headers, "accept": accept}, asked.raw)
+        adapted = self._adapter.apply(request)
+        if request.stream and self._adapter.asks_usage(request):
+            adapted = adapted.asking_for_usage()
+        headers = self._streamed if request.stream else self._whole
+        return HTTPRequest("POST", self._path(request.operation, request.model or ""), headers, adapted.raw)
 
-    def completion(self, body: bytes) -> Completion:
+    def completion(self, request: ChatRequest, body: bytes) -> Completion:
         data = _object(body)
         if data.get("error") and not data.get("choices"):
             raise streamed_error(data["error"])
@@ -58,8 +73,20 @@ class OpenAITranslator:
             raise WireError("the reply has no 'choices' array")
         return Completion(body.strip(), data)
 
-    def decoder(self) -> OpenAIDecoder:
+    def decoder(self, request: ChatRequest) -> OpenAIDecoder:
         return OpenAIDecoder()
+
+    def operation_request(self, request: OperationRequest) -> HTTPRequest:
+        headers = {**self._headers, "content-type": request.content_type, "accept": "*/*"}
+        return HTTPRequest("POST", self._path(request.operation, request.model or ""), headers, request.raw)
+
+    def operation_reply(self, request: OperationRequest, body: bytes) -> bytes:
+        data = _object(body)
+        if data.get("error") and "data" not in data:
+            raise streamed_error(data["error"])
+        if request.operation == EMBEDDINGS:
+            return floats.as_asked(body, data, request.data.get("encoding_format"))
+        return body
 
     def error(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
         try:

@@ -8,11 +8,12 @@ import functools
 import ipaddress
 import logging
 
-from gateway import logs
-from gateway.app import Gateway, create_app, fixed_models
+from gateway import logs, metrics
+from gateway.app import Gateway, create_app
 from gateway.auth import ADMIN_USER
 from gateway.cli.common import open_database, settings_from
 from gateway.cli.keys import make_key
+from gateway.compose import fixed_models, with_local_ollama
 from gateway.config import Settings, mask_url
 from gateway.errors import DatabaseUnavailable
 from gateway.serving import listen, serve
@@ -25,11 +26,12 @@ _NOT_READY = "  database    DOES NOT ANSWER: every call is 503 until it does"
 
 def run(options: argparse.Namespace) -> int:
     flags = {"server.host": options.host, "server.port": options.port, "server.workers": options.workers}
-    settings = settings_from(options, **flags)
+    settings = with_local_ollama(settings_from(options, **flags))
     logs.configure(settings.server.log_format, settings.server.log_level)
     sock = listen(settings.server.host, settings.server.port)  # before a key is made that nobody would see
     with sock:
         about_keys = asyncio.run(_prepare(settings))
+        metrics.prepare(settings.server.workers)
         return serve(
             functools.partial(worker, settings),
             host=settings.server.host,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 Value = str | int | None
 """What a parameter may be. Flags are 0 or 1."""
@@ -26,6 +26,14 @@ class Row(Protocol):
     """A row by column name or position."""
 
     def __getitem__(self, key: str | int, /) -> Any: ...
+
+
+class PoolUse(NamedTuple):
+    """The connections of one database: at work, open, and how many may be."""
+
+    busy: int
+    open: int
+    most: int
 
 
 class RowRejected(Exception):
@@ -50,6 +58,9 @@ class Database(Protocol):
     dialect: Literal["postgres", "sqlite"]
     migration_lock: str | None
     """A statement that makes a transaction the only migrating one until it ends; None: every transaction is alone."""
+
+    @property
+    def pool_use(self) -> PoolUse: ...
 
     async def open(self) -> None:
         """Connects. Called again after a failure; once it has returned, connections are renewed by themselves."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 import asyncpg
 
 from gateway.errors import DatabaseUnavailable
-from gateway.store.database import AlreadyThere, Row, RowRejected, Step, Transaction, Value
+from gateway.store.database import AlreadyThere, PoolUse, Row, RowRejected, Step, Transaction, Value
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -88,6 +88,13 @@ class PostgresDatabase:
         self._pool_size = pool_size
         self._statement_cache = statement_cache
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+
+    @property
+    def pool_use(self) -> PoolUse:
+        if self._pool is None:
+            return PoolUse(0, 0, self._pool_size)
+        size = self._pool.get_size()
+        return PoolUse(size - self._pool.get_idle_size(), size, self._pool_size)
 
     async def open(self) -> None:
         if self._pool is not None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from gateway.errors import DatabaseUnavailable
-from gateway.store.database import AlreadyThere, Row, RowRejected, Step, Transaction, Value
+from gateway.store.database import AlreadyThere, PoolUse, Row, RowRejected, Step, Transaction, Value
 
 T = TypeVar("T")
 
@@ -60,6 +60,11 @@ class SqliteDatabase:
         self._reader: _Thread | None = None
         self._writing = asyncio.Lock()
         """Held by a `write` or a `transaction`, for a transaction leaves the thread between its statements."""
+
+    @property
+    def pool_use(self) -> PoolUse:
+        threads = [thread for thread in (self._writer, self._reader) if thread is not None]
+        return PoolUse(sum(thread.busy for thread in threads), sum(thread.is_open for thread in threads), 2)
 
     async def open(self) -> None:
         if self._writer is not None:
@@ -148,7 +153,12 @@ class _Thread:
         self._path = path
         self._settings = settings
         self._connection: sqlite3.Connection | None = None
+        self.busy = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
 
     async def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
         return await self.start(job)
@@ -168,12 +178,15 @@ class _Thread:
         with _mapped(self._path):
             if self._connection is None:
                 self._connection = _connect(self._path, self._settings)
+            self.busy = True
             try:
                 return job(self._connection)
             except sqlite3.Error as error:
                 if _kind(error) in BROKEN:
                     self._disconnect()
                 raise
+            finally:
+                self.busy = False
 
     def _disconnect(self) -> None:
         if self._connection is not None:

@@ -47,6 +47,9 @@ class UsageRow:
     ended_by: str | None
     ttft_ms: int | None
     duration_ms: int
+    image_input_tokens: int
+    image_output_tokens: int
+    cache_write_1h_tokens: int
 
 
 _COLUMNS = [column.name for column in fields(UsageRow)]

@@ -2,6 +2,7 @@
 
 Deltas are merged the way the SDKs do it: strings are concatenated, tool calls by their `index`, lists extended, the
 rest overwritten; null is absent. Fields nobody here knows are kept by the same rules. Deltas are left as they are.
+The `text` of the older completions counts as content.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Assembler:
             delta = choice.get("delta")
             if isinstance(delta, dict):
                 self._merge(index, delta)
+            elif isinstance(choice.get("text"), str):
+                self._merge(index, {"content": choice["text"]})
             reason = choice.get("finish_reason")
             if isinstance(reason, str) and reason:
                 self.finish_reasons[index] = reason
@@ -48,6 +51,18 @@ class Assembler:
             elif key != "role":
                 self.characters += _merge_into(rest, key, value)
 
+    def pieces(self, index: int, key: str) -> list[str]:
+        """The pieces of a text, for those who add more of them. What they add counts in `characters`: their job."""
+        if key == "content":
+            return self._text.setdefault(index, [])
+        return _pieces(self._rest.setdefault(index, {}), key)
+
+    def arguments(self, index: int, call: int) -> list[str]:
+        """The same for the arguments of a tool call that has begun."""
+        found = _call_of(self._rest[index]["tool_calls"], {"index": call})
+        assert found is not None
+        return _pieces(found.setdefault("function", {}), "arguments")
+
     def message(self, index: int = 0) -> dict[str, Any]:
         parts = self._text.get(index)
         text = None if parts is None else "".join(parts)
@@ -57,7 +72,7 @@ class Assembler:
             message["content"] = [*message["content"], {"type": "text", "text": text}]
         calls = message.get("tool_calls")
         if isinstance(calls, list):
-            message["tool_calls"] = [_without_index(call) for call in calls]
+            message["tool_calls"] = [_whole_call(call) for call in calls]
             message["content"] = message["content"] or None
         finished: dict[str, Any] = _finished(message)
         return finished
@@ -65,6 +80,13 @@ class Assembler:
     @property
     def indexes(self) -> list[int]:
         return sorted({*self._text, *self._rest, *self.finish_reasons})
+
+
+def _pieces(target: dict[str, Any], key: str) -> list[str]:
+    if not isinstance(target.get(key), _Text):
+        target[key] = _Text()
+    text: list[str] = target[key]
+    return text
 
 
 def _merge_into(target: dict[str, Any], key: str, value: Any) -> int:
@@ -79,9 +101,7 @@ def _merge_into(target: dict[str, Any], key: str, value: Any) -> int:
             return _merge_calls(items, value)
         items.extend(value)
     elif isinstance(value, str) and key not in _NEVER_JOINED:
-        if not isinstance(old, _Text):
-            old = target[key] = _Text()
-        old.append(value)
+        _pieces(target, key).append(value)
         return len(value)
     elif value is not None:
         target[key] = value
@@ -109,8 +129,17 @@ def _call_of(calls: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
     return next((known for known in calls if known.get(key) == piece[key]), None)
 
 
-def _without_index(call: Any) -> Any:
-    return {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
+def _whole_call(call: Any) -> Any:
+    """Without its index, and with the `{}` that clients get for arguments which nobody gave."""
+    if not isinstance(call, dict):
+        return call
+    whole = {key: value for key, value in call.items() if key != "index"}
+    function = whole.get("function")
+    if isinstance(function, dict):
+        said = function.get("arguments")
+        if said is None or (isinstance(said, _Text) and not any(said)):
+            whole["function"] = {**function, "arguments": "{}"}
+    return whole
 
 
 def _finished(value: Any) -> Any:

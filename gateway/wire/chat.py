@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from gateway.errors import BadRequest, BodyTooLarge
+from gateway.errors import BadRequest
 from gateway.wire import splice
-from gateway.wire.jsontext import dumps, loads, numbers_out_of_range
+from gateway.wire.body import read_object
+from gateway.wire.jsontext import dumps, loads
 
 Message = dict[str, Any]
 
 _MOST_TOKENS = 10**9
-_MOST_MARKS = ((b"[", 500_000), (b"{", 500_000), (b'":', 500_000), (b",", 2_000_000))
-"""More than any conversation has, text included; what has more would hold up a worker for seconds."""
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 
 
@@ -26,38 +25,39 @@ class ChatRequest:
     """A request to `/chat/completions`: `raw` as received, `data` as parsed; both describe the same object."""
 
     __slots__ = ("data", "raw")
+    operation: ClassVar[str] = "chat/completions"
 
     def __init__(self, raw: bytes, data: dict[str, Any]) -> None:
         self.raw = raw
         self.data = data
 
     @classmethod
-    def parse(cls, raw: bytes) -> ChatRequest:
+    def parse(cls, raw: bytes) -> Self:
         """Checks what the gateway acts on; everything else is the upstream's to judge. Raises BadRequest."""
-        if any(raw.count(mark) > most for mark, most in _MOST_MARKS):
-            raise BodyTooLarge("The body holds too many JSON values to be read while others wait.")
-        try:
-            data = loads(raw)
-        except ValueError as failure:
-            _check_numbers(raw)
-            raise BadRequest(f"The body is not valid JSON: {failure}.", code="invalid_json") from None
-        if not isinstance(data, dict):
-            raise BadRequest("The body must be a JSON object.", code="invalid_json")
-        _check_numbers(raw)
-        _check(data)
+        data = read_object(raw)
+        cls._check(data)
         gone = [key for key in _TOKEN_LIMITS if data.get(key) is not None and data[key] <= 0]
         request = cls(raw, data)
         return request.with_fields(**dict.fromkeys(gone)) if gone else request
 
-    def with_fields(self, **changes: bytes | None) -> ChatRequest:
+    @classmethod
+    def _check(cls, data: Mapping[str, Any]) -> None:
+        _check_messages(data)
+        _check_fields(data)
+
+    def with_fields(self, /, **changes: bytes | None) -> Self:
         """A request with top-level members set to JSON texts, or taken out (None)."""
         data = {**self.data, **{key: loads(text) for key, text in changes.items() if text is not None}}
         for key, text in changes.items():
             if text is None:
                 data.pop(key, None)
-        return ChatRequest(splice.edit(self.raw, self.data, changes), data)
+        return type(self)(splice.edit(self.raw, self.data, changes), data)
 
-    def with_history(self, stored: Sequence[bytes]) -> ChatRequest:
+    def with_model(self, name: str) -> Self:
+        """The same request for the model of that name."""
+        return self.with_fields(model=dumps(name))
+
+    def with_history(self, stored: Sequence[bytes]) -> Self:
         """The same request with stored messages (JSON texts) before its own."""
         if not stored:
             return self
@@ -89,7 +89,7 @@ class ChatRequest:
         options = self.data.get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
-    def asking_for_usage(self) -> ChatRequest:
+    def asking_for_usage(self) -> Self:
         """The same streamed request, with usage asked for."""
         if self.wants_usage:
             return self
@@ -97,18 +97,44 @@ class ChatRequest:
         return self.with_fields(stream_options=dumps(options))
 
 
-def _check_numbers(raw: bytes) -> None:
-    bad = numbers_out_of_range(raw)
-    if bad is not None:
-        raise BadRequest(f"The number at '{bad}' is out of range.", param=bad, code="invalid_value")
+class CompletionRequest(ChatRequest):
+    """A request to the older `/completions`: a prompt instead of messages, answered with text. No turn of a talk."""
+
+    __slots__ = ()
+    operation: ClassVar[str] = "completions"
+
+    @classmethod
+    def _check(cls, data: Mapping[str, Any]) -> None:
+        prompt = data.get("prompt")
+        if prompt is not None and not isinstance(prompt, (str, list)):
+            raise BadRequest("'prompt' must be a string or an array.", param="prompt", code="invalid_type")
+        _check_fields(data)
+
+    @property
+    def messages(self) -> list[Message]:
+        return []
 
 
-def _check(data: Mapping[str, Any]) -> None:
+def take_apart(value: object) -> tuple[list[str], int]:
+    """A `prompt` or an `input`: its texts, and how many tokens it holds as numbers."""
+    if isinstance(value, str):
+        return [value], 0
+    if not isinstance(value, list):
+        return [], 0
+    numbers = sum(isinstance(item, int) for item in value)
+    inside = [take_apart(item) for item in value if not isinstance(item, int)]
+    return [text for texts, _ in inside for text in texts], numbers + sum(count for _, count in inside)
+
+
+def _check_messages(data: Mapping[str, Any]) -> None:
     messages = data.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("'messages' must be an array with at least one message.", param="messages")
     for index, message in enumerate(messages):
         _check_message(message, f"messages[{index}]")
+
+
+def _check_fields(data: Mapping[str, Any]) -> None:
     for key, kind, words in (
         ("model", str, "a string"),
         ("stream", bool, "true or false"),
@@ -183,7 +209,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. The details are parts of the two totals, never beside them, and no token is in two of them."""
+    """Token counts. The details are parts of the two totals, never beside them, and no token is in two of them, apart
+    from `cache_write_1h_tokens`, which are some of `cache_write_tokens`.
+
+    Nobody says which of the cached tokens were sound or pictures. They count as cached, and only what is then left of
+    the total can be sound or pictures.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -192,27 +223,42 @@ class Usage:
     audio_input_tokens: int = 0
     reasoning_tokens: int = 0
     audio_output_tokens: int = 0
+    image_input_tokens: int = 0
+    image_output_tokens: int = 0
+    cache_write_1h_tokens: int = 0
 
     @classmethod
     def read(cls, data: object) -> Usage | None:
-        """From OpenAI's `usage` object; None if its totals are missing or cannot be true."""
+        """From OpenAI's `usage` object, in chat's words or in those of pictures and sound (`input_tokens`); None if its
+        totals are missing or cannot be true."""
         if not isinstance(data, dict):
             return None
         prompt, completion = _count(data.get("prompt_tokens")), _count(data.get("completion_tokens", 0))
+        inside, outside = data.get("prompt_tokens_details"), data.get("completion_tokens_details")
+        if prompt is None and "input_tokens" in data:
+            prompt, completion = _count(data["input_tokens"]), _count(data.get("output_tokens", 0))
+            inside = data.get("input_tokens_details", data.get("input_token_details"))
+            outside = data.get("output_tokens_details", data.get("output_token_details"))
+            if outside is None and isinstance(inside, dict) and "image_tokens" in inside:
+                outside = {"image_tokens": completion}  # gpt-image-1, which makes nothing but pictures
         if prompt is None or completion is None:
             return None
-        inside, outside = data.get("prompt_tokens_details"), data.get("completion_tokens_details")
         cached = _part(inside, "cached_tokens", prompt) or _part(data, "prompt_cache_hit_tokens", prompt)
         written = _part(inside, "cache_write_tokens", prompt - cached)
+        heard = _part(inside, "audio_tokens", prompt - cached - written)
         reasoning = _part(outside, "reasoning_tokens", completion)
+        spoken = _part(outside, "audio_tokens", completion - reasoning)
         return cls(
             input_tokens=prompt,
             output_tokens=completion,
             cached_tokens=cached,
             cache_write_tokens=written,
-            audio_input_tokens=_part(inside, "audio_tokens", prompt - cached - written),
+            audio_input_tokens=heard,
             reasoning_tokens=reasoning,
-            audio_output_tokens=_part(outside, "audio_tokens", completion - reasoning),
+            audio_output_tokens=spoken,
+            image_input_tokens=_part(inside, "image_tokens", prompt - cached - written - heard),
+            image_output_tokens=_part(outside, "image_tokens", completion - reasoning - spoken),
+            cache_write_1h_tokens=_part(data.get("cache_creation"), "ephemeral_1h_input_tokens", written),
         )
 
     def to_openai(self) -> dict[str, Any]:

@@ -1,43 +1,57 @@
 """A chat stream on its way to the client: what leaves at once, what is held, what the end carries.
 
 Rules (contract, section 4). Not asked for usage: each `usage: null` that we caused is taken out, and the last choice's
-`finish_reason` chunk is held until the turn is durable; it then carries `usage` with `cost`, `timings` and
-`conversation_id`. Asked: the usage chunk is the held one. All other chunks leave as they came. Chunks with an empty
-`choices` array that nobody asked for are dropped. Usage appears once: where an upstream sends it on other chunks too,
-it is null there. `[DONE]` appears once. An upstream that never says why it ended gets a `finish_reason` chunk from us.
+`finish_reason` chunk is held until the turn is durable; it is the last one then and carries `usage` with `cost`,
+`timings` and `conversation_id`. Asked: the usage chunk is the held one. All other chunks leave as they came. Chunks
+with an empty `choices` array that nobody asked for are dropped. Usage appears once: where an upstream sends it on
+other chunks too, it is null there. `[DONE]` appears once. An upstream that never says why it ended gets a
+`finish_reason` chunk from us. What is broken is put right first (`wire.chunk_repair`); what is recorded is what leaves.
+
+Most chunks differ from the one before in their text only and are not parsed: see `wire.template`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from gateway.wire import WireError, splice, sse
+from gateway.wire import WireError, repair, splice, sse
 from gateway.wire.assemble import Assembler
 from gateway.wire.chat import Chunk, Usage
+from gateway.wire.chunk_repair import ChunkRepair
+from gateway.wire.failures import StreamedError, error_in
 from gateway.wire.jsontext import dumps
+from gateway.wire.operation import CHAT
+from gateway.wire.template import MARK, Probe, Template
 
-_NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|"usage"\s*:\s*null\s*,\s*')
+__all__ = ["ChatStream", "StreamedError"]
+
+_USAGE_KEY = re.compile(rb'(?<!\\)"usage"\s*:')
+_USUAL_USAGE = b',"usage":null'
+_NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|(?<!\\)"usage"\s*:\s*null\s*,\s*')
 _MOST_CHARACTERS = 32 << 20
 """Of one answer. What streams past this is a broken upstream, not an answer."""
-
-
-class StreamedError(Exception):
-    """The upstream sent an error object in the middle of its stream."""
-
-    def __init__(self, error: object) -> None:
-        super().__init__("the upstream reported an error in its stream")
-        self.error = error
+_MOST_PROBES = 16
+"""Learning costs as much as reading two more chunks, and some upstreams never send the same twice."""
+_WORTH_IT = 8
+"""Chunks that a template has to spare us, so that it does not count as a probe."""
 
 
 class ChatStream:
     """Feed it the upstream's chunks; it gives the bytes that may leave now and remembers what the record needs."""
 
-    def __init__(self, *, wants_usage: bool) -> None:
+    def __init__(self, *, wants_usage: bool, operation: str = CHAT, model: str = "", at: int = 0) -> None:
+        """`operation`: chat/completions, or the older completions. `model` and `at` (Unix seconds) are for upstreams
+        that leave these out."""
         self._wants_usage = wants_usage
+        self._repair = ChunkRepair(operation, model=model, at=at)
+        self._template: Template | None = None
+        self._probes = 0
+        self._worth_it = 0
+        self._begun = False
+        self._texts: list[list[str]] = []
         self._held: Chunk | None = None
-        self._last: dict[str, Any] = {}
         self._usage_data: Mapping[str, Any] | None = None
         self.answer = Assembler()
         self.usage: Usage | None = None
@@ -52,7 +66,15 @@ class ChatStream:
         leaving: list[bytes] = []
         try:
             for chunk in chunks:
-                self._one(chunk, leaving)
+                usual = self._template.read(chunk.raw) if self._template is not None else None
+                if usual is None:
+                    self._one(chunk, leaving)
+                else:
+                    text, raw = usual
+                    for pieces in self._texts:
+                        pieces.append(text)
+                    self.answer.characters += len(text)
+                    leaving.append(raw)
             if self.answer.characters > _MOST_CHARACTERS:
                 raise WireError("the answer is longer than any answer can be")
         except (StreamedError, WireError) as failure:
@@ -62,50 +84,101 @@ class ChatStream:
         return sse.encode(leaving)
 
     def _one(self, chunk: Chunk, leaving: list[bytes]) -> None:
+        self._forget()
         try:
             data = chunk.data
         except ValueError as failure:
             raise WireError(f"a chunk is not valid JSON: {failure}") from None
-        if data.get("error") or data.get("object") == "error":
-            raise StreamedError(data.get("error") or data)
+        error = error_in(data)
+        if error is not None:
+            raise StreamedError(error)
+        self._note(data)
         choices = data.get("choices")
-        usage = data.get("usage")
-        told = Usage.read(usage)
-        if told is not None:
-            self._usage_data, self.usage = usage, told
+        if not isinstance(choices, list) or not choices:
+            self._hold_usage_chunk(chunk)
+            return
+        right = self._repair.chunk(data)
+        if right is None:
+            return
+        self.answer.add(right["choices"])
+        self._pass(chunk if right is data else Chunk(data=right), leaving)
+        if self._begun and self._held is None and self._probes < _MOST_PROBES:
+            self._learn(chunk)
+        self._begun = True  # the first one tells the role: no other is like it
+
+    def _note(self, data: Mapping[str, Any]) -> None:
+        """Usage: the last that was told, unless it is less than what was told before."""
         if "timings" in data:
             self.timings = data["timings"]
-        if not isinstance(choices, list) or not choices:
-            self._hold_usage_chunk(chunk, usage)
+        usage = repair.usage(repair.told_usage(data))
+        told = Usage.read(usage) if usage is not None else None
+        if told is None:
             return
-        self._last = data
-        self.answer.add(choices)
-        self._pass(chunk, choices, usage, leaving)
+        before = self.usage
+        if before and told.input_tokens < before.input_tokens and told.output_tokens < before.output_tokens:
+            return
+        self._usage_data, self.usage = usage, told
 
-    def _hold_usage_chunk(self, chunk: Chunk, usage: object) -> None:
-        if self._wants_usage and isinstance(usage, dict):
-            self._held = chunk
+    def _hold_usage_chunk(self, chunk: Chunk) -> None:
+        if self._wants_usage and isinstance(chunk.data.get("usage"), dict):
+            right = self._repair.named(chunk.data)
+            if not isinstance(right.get("choices"), list):
+                right = {**right, "choices": []}
+            self._held = chunk if right is chunk.data else Chunk(data=right)
 
-    def _pass(self, chunk: Chunk, choices: list[Any], usage: object, leaving: list[bytes]) -> None:
+    def _pass(self, chunk: Chunk, leaving: list[bytes]) -> None:
+        """What a choice says behind its end (a filter's verdict, usage beside an empty delta) overtakes that end."""
+        ends = any(choice.get("finish_reason") for choice in chunk.data["choices"])
+        if not self._wants_usage and (ends or not self.finished):
+            if self._held is not None:
+                leaving.append(self._clean(self._held.raw, self._held.data))
+            self._held = chunk if ends else None
+            if ends:
+                return
+        leaving.append(self._clean(chunk.raw, chunk.data))
+
+    def _clean(self, raw: bytes, data: Mapping[str, Any]) -> bytes:
+        """A chunk without its usage, or with null for it where the client asked for a usage chunk."""
+        if "usage" not in data:
+            return raw
         if self._wants_usage:
-            told = isinstance(usage, dict)
-            leaving.append(splice.edit(chunk.raw, chunk.data, {"usage": b"null"}) if told else chunk.raw)
-            return
-        if self._held is not None:
-            leaving.append(self._clean(self._held))
-            self._held = None
-        if any(_finish_reason(choice) for choice in choices):
-            self._held = chunk
-        else:
-            leaving.append(self._clean(chunk))
+            return raw if data["usage"] is None else splice.edit(raw, data, {"usage": b"null"})
+        if data["usage"] is None and len(_USAGE_KEY.findall(raw)) == 1:
+            if _USUAL_USAGE in raw:
+                return raw.replace(_USUAL_USAGE, b"")
+            return _NULL_USAGE.sub(b"", raw, count=1)
+        return splice.edit(raw, data, {"usage": None})
 
-    @staticmethod
-    def _clean(chunk: Chunk) -> bytes:
-        if "usage" not in chunk.data:
-            return chunk.raw
-        if chunk.data["usage"] is None and chunk.raw.count(b'"usage"') == 1:
-            return _NULL_USAGE.sub(b"", chunk.raw, count=1)
-        return splice.edit(chunk.raw, chunk.data, {"usage": None})
+    def _learn(self, chunk: Chunk) -> None:
+        """A template for the next chunk, if it is like this one."""
+        probe = Probe.of(chunk.raw, chunk.data)
+        if probe is None:
+            return
+        self._probes += 1
+        right = self._repair.next(probe.data)
+        self._texts = list(self._marked(right["choices"][0])) if right is not None else []
+        if right is None or not self._texts:
+            return
+        raw = probe.raw if right is probe.data else dumps(right)
+        self._template = probe.template(right, self._clean(raw, right))
+        self._worth_it = len(self._texts[0]) + _WORTH_IT
+
+    def _forget(self) -> None:
+        if self._template is not None:
+            self._probes -= len(self._texts[0]) >= self._worth_it
+            self._template = None
+
+    def _marked(self, choice: dict[str, Any]) -> Iterator[list[str]]:
+        """Where the text of a chunk goes in the record: the places where the probe has its mark."""
+        index = choice["index"]
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            yield self.answer.pieces(index, "content")
+            return
+        yield from (self.answer.pieces(index, key) for key, value in delta.items() if value == MARK)
+        for piece in delta.get("tool_calls") or ():
+            yield self.answer.arguments(index, piece["index"])
+            yield self._repair.arguments(index, piece["index"])
 
     @property
     def finished(self) -> bool:
@@ -124,23 +197,21 @@ class ChatStream:
     def end(self, usage: Usage, cost: object, extra: Mapping[str, Any]) -> bytes:
         """The held chunk with usage, cost and `extra` members in it, then `[DONE]`."""
         counted = {**usage.to_openai(), **(self._usage_data or {}), "cost": cost}
-        reason = self.finish_reason or self.assumed_finish_reason
-        finish = self._made_up_chunk([{"index": 0, "delta": {}, "finish_reason": reason}])
-        chunk = self._held or (self._made_up_chunk([]) if self._wants_usage else finish)
-        changes = {"usage": dumps(counted), **{key: dumps(value) for key, value in extra.items()}}
-        if not isinstance(chunk.data.get("choices"), list):
-            changes["choices"] = b"[]"
-        leaving = [splice.edit(chunk.raw, chunk.data, changes), sse.DONE]
+        chunk = self._held or (self._made_up_chunk([]) if self._wants_usage else self._made_up_finish())
+        leaving = [
+            splice.edit(
+                chunk.raw, chunk.data, {"usage": dumps(counted), **{key: dumps(value) for key, value in extra.items()}}
+            ),
+            sse.DONE,
+        ]
         if self._wants_usage and not self.answer.finish_reasons:
-            leaving.insert(0, finish.raw)
+            leaving.insert(0, self._made_up_finish().raw)
         return sse.encode(leaving)
 
+    def _made_up_finish(self) -> Chunk:
+        """For an upstream that never said why it ended."""
+        return self._made_up_chunk([self._repair.closing(0, self.finish_reason or self.assumed_finish_reason)])
+
     def _made_up_chunk(self, choices: list[Any]) -> Chunk:
-        """For an upstream that never sent it: a chunk in its own name."""
-        name: dict[str, Any] = {key: self._last[key] for key in ("id", "created", "model") if key in self._last}
-        return Chunk(data={**name, "object": "chat.completion.chunk", "choices": choices})
-
-
-def _finish_reason(choice: object) -> str | None:
-    reason = choice.get("finish_reason") if isinstance(choice, dict) else None
-    return reason if isinstance(reason, str) and reason else None
+        """A chunk in the upstream's name."""
+        return Chunk(data={**self._repair.name, "choices": choices})

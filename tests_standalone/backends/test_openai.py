@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
+from gateway.backends.adapt import Adapter
 from gateway.backends.base import ModelInfo
 from gateway.backends.openai import OpenAIDecoder, OpenAITranslator
-from gateway.errors import UpstreamError
+from gateway.backends.vendors import Quirks
+from gateway.errors import BadRequest, UpstreamError
 from gateway.wire import WireError
-from gateway.wire.chat import ChatRequest, Chunk
+from gateway.wire.chat import ChatRequest, Chunk, CompletionRequest
+from gateway.wire.operation import OperationRequest
 from tests_standalone.wire_samples import sample
 
+NO_STREAM_OPTIONS = Quirks(usage_in_stream=False)
 TRANSLATOR = OpenAITranslator("sk-upstream")
+REQUEST = ChatRequest.parse(b'{"model":"m","messages":[{"role":"user","content":"Hi"}]}')
 REPLY = b'{"id":"c","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}]}'
 
 
@@ -44,6 +49,40 @@ class TestRequest:
     def test_not_streamed_is_not_asked(self) -> None:
         raw = b'{"messages":[{"role":"user"}],"stream":false,"stream_options":{"include_usage":false}}'
         assert TRANSLATOR.request(ChatRequest.parse(raw)).body is raw
+
+    def test_in_the_words_of_the_upstream(self) -> None:
+        translator = OpenAITranslator("", Adapter(Quirks(rename={"x": "y"}, by_model={"old*": NO_STREAM_OPTIONS})))
+        assert translator.request(ChatRequest.parse(self.RAW)).body == self.RAW.replace(b', "x": 1.0 ', b',"y":1.0')
+        raw = b'{"model":"%b","messages":[{"role":"user"}],"stream":true%b}'
+        sent = [translator.request(ChatRequest.parse(raw % (model, b""))).body for model in (b"m", b"old")]
+        assert sent == [raw % (b"m", b',"stream_options":{"include_usage":true}'), raw % (b"old", b"")]
+        asked = ChatRequest.parse(raw % (b"old", b',"stream_options":{"include_usage":true}'))
+        assert translator.request(asked).body == raw % (b"old", b"")
+
+    def test_without_stream_options_that_were_dropped_in_part(self) -> None:
+        translator = OpenAITranslator("", Adapter(Quirks(drop=("stream_options.include_obfuscation",))))
+        raw = b'{"messages":[{"role":"user"}],"stream":true,"stream_options":{"include_obfuscation":false}}'
+        body = translator.request(ChatRequest.parse(raw)).body
+        assert body == raw.replace(b'"include_obfuscation":false', b'"include_usage":true')
+
+    def test_what_the_upstream_can_never_do(self) -> None:
+        translator = OpenAITranslator("", Adapter(Quirks(most_choices=1)))
+        with pytest.raises(BadRequest):
+            translator.request(ChatRequest.parse(self.RAW.replace(b'"x": 1.0', b'"n": 2')))
+
+    def test_the_older_completions(self) -> None:
+        sent = TRANSLATOR.request(CompletionRequest.parse(b'{"model":"m","prompt":"a"}'))
+        assert (sent.path, sent.body) == ("/completions", b'{"model":"m","prompt":"a"}')
+
+    def test_operations_keep_their_type(self) -> None:
+        sent = TRANSLATOR.operation_request(OperationRequest.parse("embeddings", "application/json", b'{"model":"m"}'))
+        assert (sent.method, sent.path, sent.body) == ("POST", "/embeddings", b'{"model":"m"}')
+        assert sent.headers == {
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+            "authorization": "Bearer sk-upstream",
+            "accept": "*/*",
+        }
 
     def test_without_a_key(self) -> None:
         assert "authorization" not in OpenAITranslator().request(ChatRequest.parse(self.RAW)).headers
@@ -77,7 +116,7 @@ class TestModels:
 class TestCompletion:
     def test_bytes_stay_as_they_came(self) -> None:
         body = b' {"choices": [ {"x": 1.0} ] , "y": 1e2}\r\n'
-        completion = TRANSLATOR.completion(body)
+        completion = TRANSLATOR.completion(REQUEST, body)
         assert completion.raw == body.strip()
         assert completion.data == {"choices": [{"x": 1}], "y": 100}
 
@@ -97,7 +136,7 @@ class TestCompletion:
     )
     def test_no_reply(self, body: bytes) -> None:
         with pytest.raises(WireError):
-            TRANSLATOR.completion(body)
+            TRANSLATOR.completion(REQUEST, body)
 
     @pytest.mark.parametrize(
         ("body", "status", "message"),
@@ -109,11 +148,11 @@ class TestCompletion:
     )
     def test_an_error_with_status_200(self, body: bytes, status: int, message: str) -> None:
         with pytest.raises(UpstreamError) as caught:
-            TRANSLATOR.completion(body)
+            TRANSLATOR.completion(REQUEST, body)
         assert (caught.value.status, caught.value.message) == (status, message)
 
     def test_an_error_that_is_null(self) -> None:
-        assert TRANSLATOR.completion(b'{"error":null,"choices":[]}').data["choices"] == []
+        assert TRANSLATOR.completion(REQUEST, b'{"error":null,"choices":[]}').data["choices"] == []
 
 
 class TestError:

@@ -249,7 +249,8 @@ def clean_environment(home: Path) -> dict[str, str]:
     """No vendor's key, no setting of the developer's shell, no proxy; the package of this checkout can be imported."""
     kept = {name: value for name, value in os.environ.items() if _KEPT_ENVIRONMENT.fullmatch(name)}
     paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
-    return kept | {"HOME": str(home), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    nowhere = {"OLLAMA_HOST": "127.0.0.1:1"}  # a developer's own Ollama is not asked
+    return kept | nowhere | {"HOME": str(home), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def children(pid: int) -> list[int]:

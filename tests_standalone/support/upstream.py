@@ -1,5 +1,7 @@
 """A scripted upstream: OpenAI's wire format byte for byte, every way of breaking it, and a tally of its own.
 
+Below is how it chats; its other operations (embeddings, pictures, sound...) are in `upstream_operations`.
+
 What a request gets is a `Script`, by the first of these that is there:
 
 - header `x-script`: the name of a script, or a JSON object;
@@ -37,6 +39,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from tests_standalone.support.upstream_answer import CREATED, Answer, Usage, images, last_user_text, take_apart
 from tests_standalone.support.upstream_connection import Connection, Cut, Gone, Head, read_body, read_head
+from tests_standalone.support.upstream_operations import answer, fields_of, operation_of
 from tests_standalone.support.upstream_reply import Outcome, Record, Reply
 from tests_standalone.support.upstream_scripts import SCRIPTS, Json, Script, ScriptError, error_body
 
@@ -152,6 +155,8 @@ class ScriptedUpstream:
         body = await read_body(connection, head)
         if chat:
             return await self._chat(connection, head, body)
+        if head.method == "POST" and (operation := operation_of(head.path)):
+            return await self._operation(connection, head, body, operation)
         return await self._other(connection, head)
 
     def _early(self, head: Head) -> tuple[str, Script] | None:
@@ -180,6 +185,24 @@ class ScriptedUpstream:
         await reply.write(Answer(record.number, request, script))
         if script.close == "next" and reply.keep_alive:
             await self._cut_next(connection)
+        return reply.keep_alive
+
+    async def _operation(self, connection: Connection, head: Head, body: bytes, operation: str) -> bool:
+        """The script is that of the header, the base URL or the model's name."""
+        record = self._record(connection, head, body)
+        fields = fields_of(head.headers.get("content-type", ""), body)
+        record.operation, record.model, record.probe = operation, fields.get("model"), fields.get("user")
+        record.stream = fields.get("stream") in (True, "true")
+        named = head.headers.get("x-script") or head.script_name or record.model or ""
+        record.script = named if named in self._scripts else "answer"
+        script = self._scripts[record.script]
+        attempt = (record.script, record.probe)
+        self._attempts[attempt] += 1
+        if script.fail_first and self._attempts[attempt] > script.fail_first:
+            script = script.sound()
+        self._changed()
+        reply = self._reply(connection, record, script)
+        await reply.write(answer(operation, fields))
         return reply.keep_alive
 
     async def _cut_next(self, connection: Connection) -> None:

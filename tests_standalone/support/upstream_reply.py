@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tests_standalone.support.upstream_answer import Answer, Usage
 from tests_standalone.support.upstream_connection import Connection, Cut, Gone
+from tests_standalone.support.upstream_operations import OperationAnswer
 from tests_standalone.support.upstream_scripts import DONE, Json, Script, error_body
 
 Outcome = Literal["finished", "client_closed", "cut"]
@@ -25,7 +26,7 @@ ENDLESS = 256 << 20
 
 @dataclass(kw_only=True)
 class Record:
-    """One request to `.../chat/completions`, and how far its reply came."""
+    """One request to `.../chat/completions` or another operation, and how far its reply came."""
 
     number: int
     connection: int
@@ -33,6 +34,7 @@ class Record:
     headers: dict[str, str]
     """Names in lower case."""
     body: bytes
+    operation: str = "chat/completions"
     model: str | None = None
     script: str | None = None
     probe: str | None = None
@@ -95,7 +97,7 @@ class Reply:
         self._chunked = False
         self._gzip = zlib.compressobj(wbits=31) if script.gzip else None
 
-    async def write(self, answer: Answer | Json) -> None:
+    async def write(self, answer: Answer | OperationAnswer | Json) -> None:
         """Sets the record's outcome, whatever happens. Raises Gone or Cut if the connection is of no more use."""
         script, record = self._script, self._record
         try:
@@ -110,6 +112,8 @@ class Reply:
                 await self._whole(error_body(script.status))
             elif script.body is not None:
                 await self._whole(script.body.encode(), _usage_in(script.body))
+            elif isinstance(answer, OperationAnswer):
+                await self._whole(answer.body, answer.usage, answer.content_type)
             elif isinstance(answer, Answer) and (
                 script.streams_always or (record.stream and not script.ignores_stream)
             ):
@@ -140,9 +144,9 @@ class Reply:
             body = body[: len(body) // 2]
         await self._whole(body, Usage.from_openai(completion.get("usage")))
 
-    async def _whole(self, body: bytes, usage: Usage | None = None) -> None:
+    async def _whole(self, body: bytes, usage: Usage | None = None, kind: str = "application/json") -> None:
         body = self._script.prefix.encode() + body
-        await self._head(self._script.content_type or "application/json", len(body))
+        await self._head(self._script.content_type or kind, len(body))
         if self._script.then in ("fin", "rst", "tear", "hang", "hold", "endless"):
             half = len(body) // 2 if self._script.after else 0
             await self._body(body[:half])

@@ -145,6 +145,12 @@ class TestToolCalls:
             {"id": "c1", "type": "custom", "custom": {"name": "run", "input": "echo"}}
         ]
 
+    @pytest.mark.parametrize("pieces", [[""], [None], ["", ""], []])
+    def test_arguments_that_nobody_gave_are_those_that_clients_get(self, pieces: list[str | None]) -> None:
+        first = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f"}}
+        calls = message({"tool_calls": [first]}, *(call(0, piece) for piece in pieces))["tool_calls"]
+        assert calls == [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
     def test_empty_text_beside_them_is_null(self) -> None:
         assert message({"content": ""}, call(0, "{}", id="c1"))["content"] is None
         assert message({"content": "Let me look."}, call(0, "{}", id="c1"))["content"] == "Let me look."
@@ -202,6 +208,43 @@ class TestChoices:
         answer = Assembler()
         answer.add([{"index": 0, "delta": {}, "finish_reason": reason}])
         assert answer.finish_reasons == {}
+
+
+class TestPieces:
+    """For those who know where more text goes."""
+
+    def test_content(self) -> None:
+        answer = assembled({"content": "a"})
+        answer.pieces(0, "content").append("b")
+        answer.pieces(1, "content").append("c")
+        assert (answer.message()["content"], answer.message(1)["content"]) == ("ab", "c")
+
+    def test_other_texts(self) -> None:
+        answer = assembled({"reasoning": "a", "x": 1})
+        for key in ("reasoning", "x", "y"):
+            answer.pieces(0, key).append("b")
+        found = answer.message()
+        assert (found["reasoning"], found["x"], found["y"]) == ("ab", "b", "b")
+
+    def test_arguments(self) -> None:
+        answer = assembled(call(0, "a", id="c1"), call(1, "b", id="c2"))
+        answer.arguments(0, 0).append("A")
+        answer.arguments(0, 1).append("B")
+        assert [item["function"]["arguments"] for item in answer.message()["tool_calls"]] == ["aA", "bB"]
+
+    def test_pairs_torn_apart_by_the_two_ways(self) -> None:
+        answer = assembled({"content": "\ud83d"})
+        answer.pieces(0, "content").append("\ude00")
+        assert answer.message()["content"] == "😀"
+
+
+def test_the_text_of_the_older_completions_is_content() -> None:
+    answer = Assembler()
+    answer.add([{"index": 0, "text": "a", "finish_reason": None}, {"index": 1, "text": "b"}])
+    answer.add([{"index": 0, "text": "c", "finish_reason": "stop"}])
+    assert [answer.message(index)["content"] for index in answer.indexes] == ["ac", "b"]
+    assert answer.finish_reasons == {0: "stop"}
+    assert answer.characters == 3
 
 
 def test_characters_are_those_of_all_that_was_said() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import UpstreamError
-from gateway.wire.failures import error_from, streamed_error
+from gateway.wire.failures import error_from, error_in, streamed_error
 
 WORDS = "No such thing."
 SECRET = {"error": {"message": "Incorrect API key provided: sk-1234", "type": "auth", "code": "invalid_api_key"}}
@@ -41,12 +41,52 @@ class TestShapes:
         assert fields(failure) == (400, "invalid_request_error", None, None)
 
     @pytest.mark.parametrize(
-        "data", [None, [], {}, 5, True, [5], {"error": {}}, {"error": []}, {"detail": [{"msg": "x"}]}]
+        "data", [None, [], {}, 5, True, [5], {"error": {}}, {"error": []}, {"detail": [{"loc": ["body"]}, 5]}]
     )
     def test_without_words_there_are_ours(self, data: object) -> None:
         failure = error_from(data, 422, {})
         assert failure.message == "The upstream refused the request with status 422."
         assert failure.status == 422
+
+    @pytest.mark.parametrize(
+        ("detail", "words"),
+        [
+            (
+                [
+                    {
+                        "type": "missing",
+                        "loc": ["body", "messages", 0, "role"],
+                        "msg": "Field required",
+                        "input": "secret",
+                    }
+                ],
+                "body.messages.0.role: Field required",
+            ),
+            ([{"loc": ["body", "n"], "msg": "too many"}, {"msg": "x"}, "y", 5], "body.n: too many; x; y"),
+            ([{"loc": "body", "msg": "x"}], "x"),
+        ],
+    )
+    def test_fastapis_list_of_mistakes(self, detail: object, words: str) -> None:
+        for data in ({"detail": detail}, {"error": {"detail": detail}}):
+            assert error_from(data, 422, {}).message == words
+
+    def test_xais_code_stands_beside_its_words(self) -> None:
+        failure = error_from({"code": "Client specified an invalid argument", "error": WORDS}, 400, {})
+        assert failure.message == WORDS
+        assert fields(failure) == (400, "invalid_request_error", "Client specified an invalid argument", None)
+        assert "Client" not in (failure.log or "")
+
+    def test_azures_gateway(self) -> None:
+        failure = error_from({"statusCode": 401, "message": "Access denied due to invalid key."}, 401, {})
+        assert fields(failure) == (502, "upstream_error", "upstream_error", None)
+        assert error_from({"statusCode": 404, "message": WORDS}, 404, {}).message == WORDS
+
+    def test_azures_content_filter(self) -> None:
+        told = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": {"hate": {"filtered": True}}}
+        error = {"message": WORDS, "type": None, "param": "prompt", "code": "content_filter", "status": 400}
+        failure = error_from({"error": error | {"innererror": told}}, 400, {})
+        assert failure.message == WORDS
+        assert fields(failure) == (400, "invalid_request_error", "content_filter", "prompt")
 
     def test_type_code_and_param_pass(self) -> None:
         error = {"message": WORDS, "type": "t", "code": "c", "param": "messages[0].role"}
@@ -90,6 +130,40 @@ class TestStatuses:
         assert failure.headers == {"retry-after": "7", "retry-after-ms": "6500"}
         assert fields(failure)[:3] == (429, "t", "c")
         assert failure.message == WORDS
+
+    @pytest.mark.parametrize(
+        ("delay", "headers"),
+        [
+            ("12s", {"retry-after": "12", "retry-after-ms": "12000"}),
+            ("0.847655710s", {"retry-after": "1", "retry-after-ms": "848"}),
+            ("soon", {}),
+            ("-1s", {}),
+            ("9" * 99 + "s", {}),
+            (12, {}),
+        ],
+    )
+    def test_googles_delay_in_the_body(self, delay: object, headers: dict[str, str]) -> None:
+        quota = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": []}
+        info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}
+        error = {"code": 429, "message": WORDS, "status": "RESOURCE_EXHAUSTED", "details": [quota, 5, info]}
+        for data in ({"error": error}, [{"error": error}]):
+            failure = error_from(data, 429, {})
+            assert failure.headers == headers
+            assert failure.code == "429"
+        assert error_from({"error": error}, 429, {"retry-after": "3"}).headers == {"retry-after": "3"}
+        assert streamed_error(error).headers == headers
+
+    def test_googles_bad_key_is_the_operators(self) -> None:
+        details = [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}]
+        error = {"code": 400, "message": "API key not valid.", "status": "INVALID_ARGUMENT", "details": details}
+        for failure in (error_from([{"error": error}], 400, {}), streamed_error(error)):
+            assert failure.status == 502
+            assert failure.upstream_status == 401
+            assert "the gateway's key" in failure.message
+
+    def test_an_empty_account_is_a_rate_limit_with_its_code(self) -> None:
+        error = {"message": WORDS, "type": "insufficient_quota", "param": None, "code": "insufficient_quota"}
+        assert fields(error_from({"error": error}, 429, {})) == (429, "insufficient_quota", "insufficient_quota", None)
 
     def test_a_rate_limit_without_words(self) -> None:
         failure = error_from(None, 429, {})
@@ -169,11 +243,56 @@ class TestStreamed:
         assert failure.upstream_status is None
 
 
+class TestErrorIn:
+    """An event of a stream, or a reply of status 200: is it an error?"""
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"error": {"message": WORDS}},
+            {"error": WORDS},
+            {"error": {"message": WORDS}, "choices": []},
+            {"object": "error", "message": WORDS},
+            {"message": WORDS},
+            {"detail": WORDS},
+            {"detail": [{"msg": WORDS}]},
+            {"code": "no", "error": WORDS},
+            {"statusCode": 500, "message": WORDS},
+        ],
+    )
+    def test_it_is(self, data: Any) -> None:
+        found = error_in(data)
+        assert found is not None
+        assert streamed_error(found).message in (WORDS, "The upstream failed with status 500.")
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {},
+            {"error": None},
+            {"error": ""},
+            {"error": {}},
+            {"choices": [], "message": WORDS},
+            {"usage": {}, "message": WORDS},
+            {"timings": {}, "detail": WORDS},
+            {"message": None},
+            {"prompt_filter_results": []},
+        ],
+    )
+    def test_it_is_not(self, data: Any) -> None:
+        assert error_in(data) is None
+
+    def test_a_code_beside_the_words_stays_with_them(self) -> None:
+        assert streamed_error(error_in({"code": "no", "error": WORDS})).code == "no"
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
         st.lists(inner, max_size=2)
-        | st.dictionaries(st.sampled_from(["error", "message", "detail", "code", "type", "param"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["error", "message", "detail", "details", "code", "type", "param"]), inner, max_size=4
+        )
     ),
 )
 

@@ -23,7 +23,10 @@ Json = dict[str, Any]
 FALLBACK = Usage(100, 200)
 """What the relay estimates for an upstream that told nothing."""
 EXTRA = {"conversation_id": "conv_1", "timings": {"predicted_n": 6}}
-SAMPLES = ("openai_text", "openai_tool_calls", "deepseek", "llama_cpp", "two_choices")
+RIGHT = ("openai_text", "openai_tool_calls", "deepseek", "llama_cpp", "two_choices")
+BROKEN = ("azure", "groq", "vllm", "mistral", "openrouter", "gemini_compat", "local_tools", "qwen")
+SAMPLES = (*RIGHT, *BROKEN)
+MADE_ID = re.compile(rb"(?<=call_)[0-9a-f]{24}")
 TEXT = re.compile(rb'"content":"[^"]')
 
 
@@ -37,8 +40,10 @@ def usage_chunk(usage: object, **more: Any) -> Json:
 
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-HELLO = chunk({"content": "Hello"})
-STOP = chunk({}, "stop")
+HELLO = chunk({"role": "assistant", "content": "Hello"})
+STOP = chunk({"role": "assistant"}, "stop")
+"""Either may be the first chunk of a stream: the role may be told again."""
+NAMED = b'"id":"c","object":"chat.completion.chunk","created":1,"model":"m",'
 
 
 def run(*chunks: Json | bytes, wants_usage: bool = False, **end: Any) -> bytes:
@@ -64,8 +69,29 @@ def read(stream: bytes) -> list[Json]:
     return [json.loads(event) for event in events]
 
 
+def joined(chunks: list[Json]) -> list[tuple[str, str, str]]:
+    """Id, name and arguments of the tool calls, as helpers collect them: by index, everything concatenated."""
+    calls: dict[int, tuple[str, str, str]] = {}
+    for item in chunks:
+        for piece in (piece for choice in item["choices"] for piece in choice["delta"].get("tool_calls") or ()):
+            told_id, name, arguments = calls.get(piece["index"], ("", "", ""))
+            function = piece["function"]
+            calls[piece["index"]] = (
+                told_id + piece.get("id", ""),
+                name + function.get("name", ""),
+                arguments + function.get("arguments", ""),
+            )
+    return [calls[index] for index in sorted(calls)]
+
+
 def chunks_of(name: str) -> list[Chunk]:
     return OpenAIDecoder().feed(sample(name))
+
+
+def right(raw: bytes) -> bytes:
+    """With what a chunk needs so that nothing about it has to be repaired: a name, an index, a delta, a role."""
+    found = re.sub(rb'"choices": ?\[\{', NAMED + rb'\g<0>"index":0,"delta":{"role":"assistant"},', raw)
+    return found.replace(b"},}", b"}}")
 
 
 class TestNotAsked:
@@ -73,7 +99,7 @@ class TestNotAsked:
 
     def test_chunks_leave_at_once_and_as_they_came(self) -> None:
         stream = ChatStream(wants_usage=False)
-        raw = b'{ "id":"c", "choices":[ {"index":0,"delta":{"content":"\\u00e9"}, "x":1.0} ] }'
+        raw = right(b'{ "choices":[{"content":"\\u00e9", "x":1.0} ] }')
         assert stream.feed([Chunk(raw=raw)]) == b"data: " + raw + b"\n\n"
 
     @pytest.mark.parametrize(
@@ -95,7 +121,8 @@ class TestNotAsked:
         ],
     )
     def test_usage_is_taken_out_and_nothing_else(self, before: bytes, after: bytes) -> None:
-        assert ChatStream(wants_usage=False).feed([Chunk(raw=before)]) == b"data: " + after + b"\n\n"
+        leaving = ChatStream(wants_usage=False).feed([Chunk(raw=right(before))])
+        assert leaving == b"data: " + right(after) + b"\n\n"
 
     def test_the_finish_chunk_is_held_and_carries_all(self) -> None:
         stream = ChatStream(wants_usage=False)
@@ -105,7 +132,7 @@ class TestNotAsked:
         assert read(finish(stream)) == [last]
 
     def test_its_other_bytes_stay(self) -> None:
-        raw = b'{ "choices":[{"index":0,"delta":{ },"finish_reason":"stop","x":1.0}], "usage":null }'
+        raw = right(b'{ "choices":[{"finish_reason":"stop","x":1.0}], "usage":null }')
         out = run(raw, usage_chunk(USAGE), cost=None, extra={})
         told = b'{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7,"cost":null}'
         assert out == b"data: " + raw.replace(b"null", told) + b"\n\ndata: [DONE]\n\n"
@@ -131,12 +158,14 @@ class TestNotAsked:
         assert ChatStream(wants_usage=False).feed([made(prelude)]) == b""
         assert len(read(run(prelude, HELLO, prelude, STOP, prelude))) == 2
 
-    def test_a_chunk_after_the_finish_chunk_sends_that_on(self) -> None:
-        late = chunk({"content": ""})
-        out = read(run(HELLO, STOP, late))
-        assert out[:3] == [HELLO, STOP, late]
-        assert out[3]["usage"]["cost"] == 0.25
-        assert out[3]["choices"][0]["finish_reason"] == "stop"
+    @pytest.mark.parametrize("late", [chunk({"content": ""}), chunk({"content": "late"}), chunk({}, filter={})])
+    def test_a_chunk_after_the_finish_chunk_overtakes_it(self, late: Json) -> None:
+        stream = ChatStream(wants_usage=False)
+        assert stream.feed([made(HELLO), made(STOP)]) == run(HELLO)[: len(sse.encode([made(HELLO).raw]))]
+        assert stream.feed([made(late)]) == sse.encode([made(late).raw])
+        [last] = read(finish(stream))
+        assert last["usage"]["cost"] == 0.25
+        assert last["choices"] == STOP["choices"]
 
 
 class TestAsked:
@@ -144,8 +173,8 @@ class TestAsked:
 
     def test_chunks_leave_as_they_came(self) -> None:
         for raw in (
-            b'{"choices":[{}], "usage":null}',
-            b'{ "choices":[{"index":0,"delta":{},"finish_reason":"stop"}] }',
+            right(b'{"choices":[{}], "usage":null}'),
+            right(b'{ "choices":[{"finish_reason":"stop"}] }'),
         ):
             assert ChatStream(wants_usage=True).feed([Chunk(raw=raw)]) == b"data: " + raw + b"\n\n"
 
@@ -155,7 +184,7 @@ class TestAsked:
         assert stream.feed([made(usage_chunk(USAGE, x=1))]) == b""
         assert read(finish(stream)) == [usage_chunk(USAGE | {"cost": 0.25}, x=1) | EXTRA]
 
-    @pytest.mark.parametrize("finishing", [STOP, chunk({"content": "!"}, "length")])
+    @pytest.mark.parametrize("finishing", [STOP, chunk({"role": "assistant", "content": "!"}, "length")])
     def test_usage_on_the_finish_chunk_moves_to_a_chunk_of_its_own(self, finishing: Json) -> None:
         out = read(run(HELLO, finishing | {"usage": USAGE}, wants_usage=True))
         assert out == [HELLO, finishing | {"usage": None}, usage_chunk(USAGE | {"cost": 0.25}) | EXTRA]
@@ -192,12 +221,12 @@ class TestTwoChoices:
 
     def test_the_first_finish_chunk_leaves_when_the_second_choice_goes_on(self) -> None:
         stream = ChatStream(wants_usage=False)
-        first, second = chunk({}, "stop", 0), chunk({"content": "x"}, None, 1)
+        first, second = STOP, chunk({"role": "assistant", "content": "x"}, None, 1)
         assert stream.feed([made(first)]) == b""
         assert read(stream.feed([made(second)]) + b"data: [DONE]\n\n") == [first, second]
 
     def test_both_end_in_one_chunk(self) -> None:
-        both = STOP | {"choices": [*STOP["choices"], chunk({}, "length", 1)["choices"][0]]}
+        both = STOP | {"choices": [*STOP["choices"], chunk({"role": "assistant"}, "length", 1)["choices"][0]]}
         assert read(run(HELLO, both))[-1] == both | {"usage": FALLBACK.to_openai() | {"cost": 0.25}} | EXTRA
 
     def test_finished_when_all_that_were_seen_are(self) -> None:
@@ -239,7 +268,7 @@ class TestBrokenUpstreams:
     def test_without_finish_reason_one_is_made_up(self, wants_usage: bool, said: str | None) -> None:
         out = read(run(HELLO, chunk({}, said), wants_usage=wants_usage))
         reasons = [choice["finish_reason"] for item in out for choice in item["choices"]]
-        assert reasons == [None, said, "stop"]
+        assert reasons == [None, None, "stop"]
         assert {item["id"] for item in out} == {"c"}
         assert out[-1]["usage"]["cost"] == 0.25
 
@@ -250,7 +279,7 @@ class TestBrokenUpstreams:
     def test_with_nothing_at_all(self) -> None:
         for wants_usage in (False, True):
             out = read(run(wants_usage=wants_usage))
-            assert out[0]["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+            assert out[0]["choices"] == [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": "stop"}]
             assert out[-1]["usage"]["total_tokens"] == 300
 
     @pytest.mark.parametrize(
@@ -260,6 +289,9 @@ class TestBrokenUpstreams:
             ({"error": "no"}, "no"),
             ({"object": "error", "message": "no"}, {"object": "error", "message": "no"}),
             (HELLO | {"error": {"message": "no"}}, {"message": "no"}),
+            ({"code": "c", "error": "no"}, {"code": "c", "error": "no"}),
+            ({"message": "no", "type": "t"}, {"message": "no", "type": "t"}),
+            ({"detail": "no"}, {"detail": "no"}),
         ],
     )
     @pytest.mark.parametrize("wants_usage", [False, True])
@@ -273,6 +305,44 @@ class TestBrokenUpstreams:
 
     def test_an_error_that_is_null_is_none(self) -> None:
         assert ChatStream(wants_usage=False).feed([made(HELLO | {"error": None})]) != b""
+
+    def test_an_upstream_that_gives_up(self) -> None:
+        stream = ChatStream(wants_usage=False)
+        with pytest.raises(StreamedError) as caught:
+            stream.feed([made(chunk({}, "insufficient_system_resource"))])
+        assert caught.value.error["code"] == 503  # type: ignore[index]
+
+    def test_words_beside_usage_or_timings_are_no_error(self) -> None:
+        for beside in ({"usage": USAGE}, {"timings": {}}):
+            assert ChatStream(wants_usage=False).feed([made({"message": "no"} | beside)]) == b""
+
+    def test_row_29_null_in_usage(self) -> None:
+        told = USAGE | {"prompt_tokens_details": {"cached_tokens": None}, "completion_tokens_details": None}
+        for wants_usage in (False, True):
+            last = read(run(HELLO, STOP, usage_chunk(told), wants_usage=wants_usage))[-1]
+            assert last["usage"] == USAGE | {"prompt_tokens_details": {"cached_tokens": 0}, "cost": 0.25}
+
+    @pytest.mark.parametrize(
+        ("later", "counts"),
+        [({"prompt_tokens": 0, "completion_tokens": 0}, Usage(3, 4)), ({"completion_tokens": 0}, Usage(3, 0))],
+    )
+    def test_usage_that_shrinks(self, later: Json, counts: Usage) -> None:
+        stream = ChatStream(wants_usage=True)
+        stream.feed([made(usage_chunk(USAGE)), made(usage_chunk(USAGE | later))])
+        assert stream.usage == counts
+        assert read(finish(stream))[-1]["usage"]["completion_tokens"] == counts.output_tokens
+
+    def test_the_usage_chunk_has_the_name_of_the_others(self) -> None:
+        told = {"id": "", "created": 0, "model": "", "choices": [], "usage": USAGE}
+        last = read(run(HELLO, STOP, told, wants_usage=True))[-1]
+        assert (last["id"], last["object"], last["created"], last["model"]) == ("c", "chat.completion.chunk", 1, "m")
+
+    def test_row_5_a_call_without_arguments_and_a_stream_without_an_end(self) -> None:
+        call = {"index": 0, "id": "x", "type": "function", "function": {"name": "f", "arguments": ""}}
+        stream = ChatStream(wants_usage=False)
+        out = stream.feed([made(chunk({"role": "assistant", "tool_calls": [call]}))])
+        assert stream.answer.message()["tool_calls"][0]["function"]["arguments"] == "{}"
+        assert joined(read(out + finish(stream))) == [("x", "f", "{}")]
 
     def test_openrouter(self) -> None:
         stream = ChatStream(wants_usage=False)
@@ -313,17 +383,18 @@ class TestSamples:
     def test_chunk_by_chunk_and_in_one_go_are_the_same(self, name: str, wants_usage: bool) -> None:
         whole = run(*(item.raw for item in chunks_of(name)), wants_usage=wants_usage)
         stream = ChatStream(wants_usage=wants_usage)
-        assert b"".join(stream.feed([item]) for item in chunks_of(name)) + finish(stream) == whole
+        out = b"".join(stream.feed([item]) for item in chunks_of(name)) + finish(stream)
+        assert MADE_ID.sub(b"", out) == MADE_ID.sub(b"", whole)
 
     @pytest.mark.parametrize("name", SAMPLES)
     @pytest.mark.parametrize("wants_usage", [False, True])
     def test_a_cut_at_any_byte_changes_nothing(self, name: str, wants_usage: bool) -> None:
         source = sample(name)
-        whole = run(*(item.raw for item in chunks_of(name)), wants_usage=wants_usage)
+        whole = MADE_ID.sub(b"", run(*(item.raw for item in chunks_of(name)), wants_usage=wants_usage))
         for cut in range(len(source)):
             decoder, stream = OpenAIDecoder(), ChatStream(wants_usage=wants_usage)
             out = stream.feed(decoder.feed(source[:cut])) + stream.feed(decoder.feed(source[cut:]))
-            assert out + finish(stream) == whole, cut
+            assert MADE_ID.sub(b"", out + finish(stream)) == whole, cut
 
     @pytest.mark.parametrize("name", SAMPLES)
     @pytest.mark.parametrize("wants_usage", [False, True])
@@ -347,6 +418,18 @@ class TestSamples:
             ),
             ("llama_cpp", Usage(7, 1), {"content": "Hi"}),
             ("two_choices", Usage(5, 3), {"content": "one"}),
+            ("azure", Usage(8, 3), {"content": "Good day."}),
+            ("groq", Usage(11, 4), {"content": "Fast, indeed."}),
+            ("vllm", Usage(17, 5), {"content": "Yes!", "reasoning_content": "So far.", "reasoning": "So far."}),
+            ("mistral", Usage(90, 30), {"content": None}),
+            (
+                "openrouter",
+                Usage(5, 8, reasoning_tokens=4),
+                {"content": 'It is "so".', "reasoning_content": "Hm, so", "reasoning": "Hm, so"},
+            ),
+            ("gemini_compat", Usage(40, 20), {"content": None}),
+            ("local_tools", Usage(30, 12), {"content": "Let me see."}),
+            ("qwen", Usage(22, 9), {"content": None}),
         ],
     )
     def test_what_the_record_gets(self, name: str, usage: Usage, message: Json) -> None:
@@ -356,14 +439,56 @@ class TestSamples:
         assert stream.finished
         assert stream.answer.message().items() >= message.items()
 
-    def test_tool_calls_for_the_record(self) -> None:
-        stream = ChatStream(wants_usage=True)
-        stream.feed(chunks_of("openai_tool_calls"))
+    @pytest.mark.parametrize(
+        ("name", "functions"),
+        [
+            ("openai_tool_calls", [("get_weather", '{"city":"Zürich"}'), ("get_time", "{}")]),
+            ("mistral", [("get_weather", '{"city": "Köln"}'), ("get_time", "{}")]),
+            ("gemini_compat", [("get_weather", '{"city":"Bern"}'), ("get_time", "{}")]),
+            ("local_tools", [("look", '{"where":"hier"}'), ("look", "{}")]),
+            ("qwen", [("get_weather", '{"city": "Bern"}')]),
+        ],
+    )
+    @pytest.mark.parametrize("wants_usage", [False, True])
+    def test_tool_calls_for_the_client_and_for_the_record(
+        self, name: str, functions: list[tuple[str, str]], wants_usage: bool
+    ) -> None:
+        stream = ChatStream(wants_usage=wants_usage)
+        out = read(stream.feed(chunks_of(name)) + finish(stream))
         assert stream.finish_reason == "tool_calls"
-        assert [item["function"] for item in stream.answer.message()["tool_calls"]] == [
-            {"name": "get_weather", "arguments": '{"city":"Zürich"}'},
-            {"name": "get_time", "arguments": "{}"},
+        calls = stream.answer.message()["tool_calls"]
+        assert [(item["function"]["name"], item["function"]["arguments"]) for item in calls] == functions
+        assert joined(out) == [(item["id"], *function) for item, function in zip(calls, functions, strict=True)]
+
+    @pytest.mark.parametrize("name", RIGHT)
+    def test_right_chunks_keep_their_bytes(self, name: str) -> None:
+        stream = ChatStream(wants_usage=True)
+        for item in chunks_of(name):
+            out = stream.feed([item])
+            assert out == sse.encode([item.raw]) or isinstance(item.data.get("usage"), dict)
+
+    @pytest.mark.parametrize("wants_usage", [False, True])
+    def test_the_older_completions(self, wants_usage: bool) -> None:
+        def stream() -> ChatStream:
+            return ChatStream(wants_usage=wants_usage, operation="completions")
+
+        source, once = sample("completions"), stream()
+        whole = once.feed(chunks_of("completions")) + finish(once)
+        assert [choice["text"] for item in read(whole) for choice in item["choices"]] == [
+            *("Once", " upon", ' a "time"', "")
         ]
+        for cut in range(len(source)):
+            decoder, cutting = OpenAIDecoder(), stream()
+            out = cutting.feed(decoder.feed(source[:cut])) + cutting.feed(decoder.feed(source[cut:]))
+            assert out + finish(cutting) == whole, cut
+        assert once.answer.message() == {"role": "assistant", "content": 'Once upon a "time"'}
+        assert (once.usage, once.finish_reason) == (Usage(1, 4), "length")
+
+    def test_the_older_completions_without_an_end(self) -> None:
+        stream = ChatStream(wants_usage=False, operation="completions", model="m", at=7)
+        out = read(stream.feed([made({"choices": [{"text": "a"}]})]) + finish(stream))
+        assert [(item["object"], item["model"], item["created"]) for item in out] == [("text_completion", "m", 7)] * 2
+        assert out[1]["choices"] == [{"index": 0, "text": "", "finish_reason": "stop"}]
 
     def test_the_upstreams_timings_are_told(self) -> None:
         stream = ChatStream(wants_usage=False)

@@ -1,0 +1,139 @@
+"""The HTTP/1.1 client for upstreams: a `Transport` on asyncio and httptools that does what a gateway needs.
+
+    HTTPTransport       one `send` from start to end: this module
+      client_request    method, URL and headers to bytes
+      client_pool       leases of connections, one pool for each origin
+      client_dial       new connections: names, addresses, TLS
+      client_protocol   one socket, one exchange after another
+      client_reply      the reply: parser, buffer, time limits
+      client_inflate    replies that come compressed unasked
+
+Rules:
+
+- Redirects are not followed, cookies not kept, proxies of the environment not used.
+- A connection is used again only after a reply of known length came to a clean end and the whole request was sent;
+  never after an error, an end that was not asked for, or bytes that belong to no reply. Before a connection that was
+  idle for more than a second is used, the kernel is asked whether the upstream has hung up.
+- The upstream may still hang up while a request is on its way to it. If not a byte of a reply has come then, a GET or
+  HEAD on a connection that was used before is sent once again on a new one. Anything else is not: nobody can know
+  whether the upstream has read it and begun to work, so it is an UpstreamError, and the relay decides.
+- UpstreamUnreachable means that nothing was sent; NeverSent, that the caller was cancelled before anything was.
+  Everything after the first write is UpstreamTimeout or UpstreamError.
+- A final reply that comes before the request has left is read as it comes; if it is a refusal, sending stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from collections.abc import Mapping
+
+from gateway.backends.client_dial import Dialer
+from gateway.backends.client_inflate import ENCODINGS, InflatedReply
+from gateway.backends.client_pool import Pool
+from gateway.backends.client_protocol import Connection
+from gateway.backends.client_reply import Reply, broken
+from gateway.backends.client_request import Origin, Target, header_lines, target_of
+from gateway.backends.transport import Response, Timeouts
+from gateway.errors import NeverSent, UpstreamError, UpstreamUnreachable
+
+_REPEATABLE = frozenset({"GET", "HEAD"})
+_KEPT_TARGETS = 1024
+_KEPT_HEADERS = 128
+
+
+class HTTPTransport:
+    """One pool of connections for each origin. Make it inside the running loop."""
+
+    def __init__(
+        self,
+        ca_file: str | None = None,
+        *,
+        client_cert: tuple[str, str] | None = None,
+        max_connections_per_origin: int = 1000,
+        idle_seconds: float = 15,
+    ) -> None:
+        """`client_cert`: files of a chain and of its key. Raises OSError for files that cannot be used."""
+        self._loop = asyncio.get_running_loop()
+        self._dialer = Dialer(ca_file, client_cert)
+        self._most = max_connections_per_origin
+        self._idle_seconds = idle_seconds
+        self.pools: dict[Origin, Pool] = {}
+        self._targets: dict[tuple[str, str], tuple[Target, Pool]] = {}
+        self._header_lines = functools.lru_cache(_KEPT_HEADERS)(header_lines)
+        self._closed = False
+
+    async def send(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeouts: Timeouts
+    ) -> Response:
+        try:
+            target, pool = self._targets.get((method, url)) or self._target(method, url)
+            head = target.head(self._header_lines(tuple(headers.items())), body)
+        except ValueError as failure:
+            raise UpstreamError("The request to the upstream cannot be sent.", log=str(failure)) from None
+        end = math.inf if timeouts.total is None else self._loop.time() + timeouts.total
+        connection = pool.take() or await self._connection(pool, timeouts, end)
+        repeatable = connection.used and method in _REPEATABLE
+        reply = _begin(connection, target, head, body, timeouts, end)
+        try:
+            await _head_of(reply, timeouts)
+        except UpstreamError as failure:
+            if not repeatable or not reply.untouched() or failure.code == "upstream_timeout":
+                raise
+            connection = await self._connection(pool, timeouts, end, fresh=True)
+            reply = _begin(connection, target, head, body, timeouts, end)
+            await _head_of(reply, timeouts)
+        return _readable(reply)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        self._dialer.close()
+        await asyncio.gather(*(pool.aclose() for pool in self.pools.values()))
+
+    def _target(self, method: str, url: str) -> tuple[Target, Pool]:
+        target = target_of(method, url)
+        pool = self.pools.get(target.origin)
+        if pool is None:
+            pool = Pool(target.origin, self._dialer, most=self._most, idle_seconds=self._idle_seconds)
+            self.pools[target.origin] = pool
+        if len(self._targets) >= _KEPT_TARGETS:
+            self._targets.clear()
+        self._targets[method, url] = target, pool
+        return target, pool
+
+    async def _connection(self, pool: Pool, timeouts: Timeouts, end: float, *, fresh: bool = False) -> Connection:
+        until = end if timeouts.connect is None else min(end, self._loop.time() + timeouts.connect)
+        try:
+            if self._closed:
+                raise OSError("the client is closed")
+            return await pool.open(until, fresh=fresh)
+        except asyncio.CancelledError:
+            raise NeverSent("The call was ended before it was sent.", log="ended before sending") from None
+        except (OSError, ValueError) as failure:
+            cause = f"{type(failure).__name__}: {failure}"
+            raise UpstreamUnreachable("The upstream could not be reached.", log=cause) from failure
+
+
+def _begin(
+    connection: Connection, target: Target, head: bytes, body: bytes | None, timeouts: Timeouts, end: float
+) -> Reply:
+    return connection.begin(head, body, bodiless=target.method == "HEAD", timeouts=timeouts, end=end)
+
+
+async def _head_of(reply: Reply, timeouts: Timeouts) -> None:
+    try:
+        await reply.head(timeouts.first_byte)
+    except BaseException:
+        reply.close()
+        raise
+
+
+def _readable(reply: Reply) -> Response:
+    encoding = reply.headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return reply
+    if encoding not in ENCODINGS:
+        reply.close()
+        raise broken(f"content-encoding {encoding!r} was not asked for")
+    return InflatedReply(reply, encoding)

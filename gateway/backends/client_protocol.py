@@ -1,0 +1,213 @@
+"""One connection to an upstream: an `asyncio.Protocol` that carries one exchange after another, never two at once.
+
+    idle ──begin──> busy ──finish(keep)──> idle      the reply came to a clean end, all of the request was sent
+      │               │
+      └──── drop ─────┴──> gone                      anything else: end of file, error, limit, junk, an exchange ended
+
+A connection has one timer. Naming a later time than the one it is set for costs an assignment: when it fires early, it
+is set again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import select
+import socket
+from typing import Protocol, cast
+
+from gateway.backends.client_reply import Reply
+from gateway.backends.transport import Timeouts
+
+WRITE_PIECE = 1 << 18
+FRESH_SECONDS = 1.0
+_TICK = 0.001
+"""What a loop's timer may be early."""
+_KEEP_ALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+
+
+class Owner(Protocol):
+    """Who counts the connections."""
+
+    def released(self, connection: Connection) -> None:
+        """Its exchange has ended, another one may begin."""
+
+    def dropped(self, connection: Connection, *, leased: bool) -> None:
+        """No exchange may begin on it any more. `leased`: one was running."""
+
+    def closed(self, connection: Connection) -> None:
+        """Its socket is closed."""
+
+
+class Connection(asyncio.Protocol):
+    """`open` while its socket is good for another exchange or for the running one."""
+
+    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
+        self.open = False
+        self.used = False
+        self._owner = owner
+        self._loop = loop
+        self.transport: asyncio.Transport
+        self._reply: Reply | None = None
+        self._unsent: memoryview | None = None
+        self._cut_short = False
+        self._choked = False
+        self._idle_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._due = math.inf
+
+    # --- exchanges
+
+    def begin(self, head: bytes, body: bytes | None, *, bodiless: bool, timeouts: Timeouts, end: float) -> Reply:
+        """Sends a request. What does not fit into the socket follows by itself while the reply is awaited."""
+        reply = self._reply = Reply(self, self._loop, bodiless=bodiless, timeouts=timeouts, end=end)
+        self.used = True
+        if body is None or len(body) <= WRITE_PIECE:
+            self.transport.write(head + body if body else head)
+        else:
+            self.transport.write(head)
+            self._unsent = memoryview(body)
+            self._send_on()
+        return reply
+
+    def ready(self) -> bool:
+        """May an exchange begin? Nothing came and nobody hung up since the last one, as far as the kernel knows."""
+        if not self.open or self.transport.is_closing():
+            return False
+        return self._loop.time() - self._idle_since < FRESH_SECONDS or not self._readable()
+
+    def wait_idle(self, seconds: float) -> None:
+        """Closes itself if no exchange begins for so long."""
+        self._idle_since = self._loop.time()
+        self.due(self._idle_since + seconds)
+
+    def drop(self) -> None:
+        if self.open:
+            self._leave()
+        self.transport.abort()
+
+    def end(self) -> None:
+        """From outside: breaks off what runs, else closes."""
+        if self._reply is not None:
+            self._reply.close()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """As `drop`, but with a goodbye where TLS has one."""
+        if self.open:
+            self._leave()
+            self.transport.close()
+
+    def _leave(self) -> None:
+        self.open = False
+        if self._timer is not None:
+            self._timer.cancel()
+        reply, self._reply = self._reply, None
+        self._unsent = None
+        self._owner.dropped(self, leased=reply is not None)
+
+    def _readable(self) -> bool:
+        if not hasattr(select, "poll"):
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    # --- what its reply asks for
+
+    def due(self, at: float) -> None:
+        self._due = at
+        if at < self._timer_at:
+            self._set_timer(at)
+
+    def pause(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def stop_sending(self) -> None:
+        if self._unsent is not None:
+            self._unsent = None
+            self._cut_short = True
+
+    def finish(self, keep: bool) -> None:
+        sent = self._unsent is None and not self._cut_short and self.transport.get_write_buffer_size() == 0
+        if keep and sent and self.open:
+            self._reply = None
+            self._owner.released(self)
+        elif sent:
+            self.close()
+        else:
+            self.drop()
+
+    # --- the loop's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+        self.open = True
+        sock = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEP_ALIVE:
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def data_received(self, data: bytes) -> None:
+        if self._reply is not None:
+            self._reply.feed(data)
+        else:
+            self.drop()
+
+    def eof_received(self) -> None:
+        self._lose(None)
+
+    def connection_lost(self, cause: Exception | None) -> None:
+        self._lose(cause)
+        self._owner.closed(self)
+
+    def pause_writing(self) -> None:
+        self._choked = True
+
+    def resume_writing(self) -> None:
+        self._choked = False
+        if self._unsent is not None:
+            self._send_on()
+
+    def _lose(self, cause: Exception | None) -> None:
+        reply = self._reply
+        if reply is not None:
+            reply.lost(cause)
+        self.drop()
+
+    def _send_on(self) -> None:
+        while self._unsent and not self._choked and not self.transport.is_closing():
+            piece, self._unsent = self._unsent[:WRITE_PIECE], self._unsent[WRITE_PIECE:]
+            self.transport.write(piece)
+        if not self._unsent:
+            self._unsent = None
+
+    # --- its timer
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer, self._timer_at = None, math.inf
+        now = self._loop.time() + _TICK
+        if now >= self._due:
+            if self._reply is None:
+                self.close()
+            else:
+                self._due = self._reply.overdue(now)
+        if self.open and self._due < math.inf:
+            self._set_timer(self._due)

@@ -1,0 +1,261 @@
+"""One reply, from the parser's callbacks on one side to `read` on the other.
+
+What comes while nobody reads is kept; beyond `HIGH_WATER` the socket is paused until it has been read. Bytes that are
+no body (a head, framing, trailers) are bounded by `MAX_HEAD` between one piece of body and the next. Time is measured
+only while somebody waits here, apart from the limit on the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+from gateway.backends.transport import Response, Timeouts
+from gateway.errors import UpstreamError, UpstreamTimeout
+
+HIGH_WATER = 1 << 16
+MAX_HEAD = 1 << 16
+MAX_HEADERS = 256
+
+
+class Line(Protocol):
+    """What a reply asks of its connection."""
+
+    def due(self, at: float) -> None:
+        """Calls the reply's `overdue` at that time of the loop's clock, if no later time was named since."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def stop_sending(self) -> None:
+        """What is left of the request is not wanted."""
+
+    def finish(self, keep: bool) -> None:
+        """The reply has ended; may the connection be used again?"""
+
+    def drop(self) -> None:
+        """Closes the socket at once."""
+
+
+class Reply:
+    """A `Response`, once `head` has returned. One task reads it; any may close it."""
+
+    __slots__ = (
+        "_bodiless", "_complete", "_end", "_failure", "_headed", "_idle", "_junk", "_keep", "_line", "_loop", "_parser",
+        "_paused", "_pieces", "_raw", "_silent", "_size", "_until_close", "_waiter", "headers", "status",
+    )  # fmt: skip
+
+    def __init__(
+        self, line: Line, loop: asyncio.AbstractEventLoop, *, bodiless: bool, timeouts: Timeouts, end: float
+    ) -> None:
+        """`bodiless`: its method has replies without a body. `end`: the time of the loop's clock when all must be
+        over."""
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self._line: Line | None = line
+        self._loop = loop
+        self._bodiless = bodiless
+        self._idle = math.inf if timeouts.idle is None else timeouts.idle
+        self._end = end
+        self._parser: HttpResponseParser | None = HttpResponseParser(self)
+        self._raw: list[tuple[bytes, bytes]] = []
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._silent = 0
+        self._headed = self._complete = self._junk = self._keep = self._paused = self._until_close = False
+        self._failure: UpstreamError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # --- the reading side
+
+    async def head(self, first_byte: float | None) -> None:
+        """Returns once status and headers are there."""
+        if not self._headed and self._line is not None:
+            await self._wait(self._line, math.inf if first_byte is None else first_byte)
+        if not self._headed:
+            raise self._failure or broken("the exchange was ended")
+
+    async def read(self) -> bytes:
+        while not self._pieces and self._line is not None:
+            await self._wait(self._line, self._idle)
+        pieces = self._pieces
+        if not pieces:
+            if self._failure is not None:
+                raise self._failure
+            return b""
+        found = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self._size = 0
+        if self._paused and self._line is not None:
+            self._paused = False
+            self._line.resume()
+        return found
+
+    async def read_all(self, limit: int) -> bytes:
+        return await read_whole(self, limit)
+
+    def at_end(self) -> bool:
+        return self._complete and not self._pieces
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._pieces.clear()
+            self.fail(broken("closed by us"))
+
+    def untouched(self) -> bool:
+        """Has nothing come of it?"""
+        return self._silent == 0 and not self._headed
+
+    async def _wait(self, line: Line, seconds: float) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("a reply is read by one task at a time")
+        waiter = self._waiter = self._loop.create_future()
+        line.due(min(self._loop.time() + seconds, self._end))
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # --- what the connection tells
+
+    def feed(self, data: bytes) -> None:
+        assert self._parser is not None
+        self._silent += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as failure:
+            if not self._complete:
+                self.fail(broken(f"malformed reply: {failure.__context__ or failure}"))
+                return
+            self._junk = True
+        if self._complete:
+            self._over(self._keep and not self._junk)
+        elif self._silent > MAX_HEAD:
+            self.fail(broken("malformed reply: its head or framing is too large"))
+        elif self._size > HIGH_WATER and not self._paused and self._line is not None:
+            self._paused = True
+            self._line.pause()
+
+    def lost(self, cause: Exception | None) -> None:
+        """The connection has ended. A reply without a length of its own ends with it."""
+        if self._until_close and cause is None:
+            self._complete = True
+            self._over(keep=False)
+            self._wake()
+        else:
+            said = f"{type(cause).__name__}: {cause}" if cause else "closed by the upstream"
+            self.fail(broken(f"{said}, {'within' if self._headed else 'before'} the reply"))
+
+    def overdue(self, now: float) -> float:
+        """The time that `due` named has come. Returns the next one."""
+        if now >= self._end:
+            self._fail_late("the reply took longer than its limit in total")
+        elif self._waiter is not None and not self._waiter.done():
+            self._fail_late(f"silence for {self._idle} s within the reply" if self._headed else "no reply in time")
+        return self._end
+
+    def _fail_late(self, cause: str) -> None:
+        self.fail(UpstreamTimeout("The upstream did not answer in time.", log=cause))
+
+    def fail(self, failure: UpstreamError) -> None:
+        """Ends the exchange, unless it has ended already."""
+        line = self._line
+        if line is not None:
+            self._line = self._parser = None
+            self._failure = failure
+            line.drop()
+            self._wake()
+
+    def _over(self, keep: bool) -> None:
+        line = self._line
+        self._line = self._parser = None
+        if line is not None:
+            if self._paused:
+                line.resume()
+            line.finish(keep)
+
+    # --- the parser's callbacks
+
+    def on_message_begin(self) -> None:
+        self._junk = self._complete
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._headed:
+            self._raw.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self._headed:
+            return
+        assert self._parser is not None
+        status = self._parser.get_status_code()
+        if status < 200:
+            if status == 101 or status < 100:
+                raise ValueError(f"status {status} was not asked for")
+            self._raw.clear()
+            return
+        self.headers = headers = _folded(self._raw, self._silent)
+        coding = headers.get("transfer-encoding")
+        if coding is not None and coding.lower() != "chunked":
+            raise ValueError(f"unknown transfer-encoding {coding!r}")
+        self._until_close = coding is None and "content-length" not in headers
+        self.status = status
+        self._headed = True
+        self._silent = 0
+        if status >= 300 and self._line is not None:
+            self._line.stop_sending()
+        self._complete = self._bodiless
+        self._wake()
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._complete:
+            self._pieces.append(piece)
+            self._size += len(piece)
+            self._silent = 0
+            if self._waiter is not None:
+                self._wake()
+
+    def on_message_complete(self) -> None:
+        if self._headed and not self._complete:
+            assert self._parser is not None
+            self._complete = True
+            self._keep = self._parser.should_keep_alive()
+            if self._waiter is not None:
+                self._wake()
+
+
+def _folded(raw: list[tuple[bytes, bytes]], came: int) -> dict[str, str]:
+    if len(raw) > MAX_HEADERS or (
+        came > MAX_HEAD and sum(len(name) + len(value) + 4 for name, value in raw) > MAX_HEAD
+    ):
+        raise ValueError("its head is too large")
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in raw:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").rstrip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def broken(cause: str) -> UpstreamError:
+    return UpstreamError("The connection to the upstream broke.", log=cause)
+
+
+async def read_whole(response: Response, limit: int) -> bytes:
+    """The body. Raises UpstreamError, and closes, if it is longer than `limit`."""
+    parts: list[bytes] = []
+    size = 0
+    while piece := await response.read():
+        parts.append(piece)
+        size += len(piece)
+        if size > limit:
+            response.close()
+            raise UpstreamError("The upstream's reply is too large.", log=f"reply over {limit} bytes")
+    return parts[0] if len(parts) == 1 else b"".join(parts)

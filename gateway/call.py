@@ -1,0 +1,295 @@
+"""One logical request and its attempts at upstreams: what chat and all other operations have in common.
+
+A `Call` tries the routes of its model until one answers, remembers each attempt as a usage row, and at its end hands
+everything to the ledger as one turn; its reply is released only after that.
+
+Rules (contract, sections 4 and 8; design, decisions 3, 5, 6):
+
+- Attempts are repeated only before the first byte to the client: elsewhere or again when the request is known to be
+  unsent, once again or on the next route after 500, 502, 503 and 529, on the next route after any failure that is not
+  the client's own. Routes that cool down come last.
+- A client that leaves does not end the work. By `on_disconnect` the upstream is read on (`drain`: until its usage
+  comes, at most 30 s or 2,000 tokens) or broken off (`cancel`). The turn is recorded either way.
+- When the worker's drain time is up, what runs is broken off, recorded as interrupted, and the client is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from gateway.auth import Caller
+from gateway.catalog import Catalog, Model, Route
+from gateway.conversations import Talk
+from gateway.drain import Drain
+from gateway.errors import BadRequest, GatewayError, NeverSent, Unavailable, UpstreamError, UpstreamUnreachable
+from gateway.ledger import Ledger, Turn
+from gateway.metering import Meter, Outcome, nothing
+from gateway.store.usage import UsageRow
+from gateway.tokens import TokenCounter
+from gateway.wire.chat import ChatRequest, Message, Usage
+from gateway.wire.operation import OperationRequest
+
+log = logging.getLogger("gateway.relay")
+
+DRAIN_SECONDS = 30.0
+_AGAIN = frozenset({500, 502, 503, 529})
+_CLIENTS_OWN = frozenset({400, 404, 409, 413, 415, 422})
+StopReason = Literal["client_disconnected", "interrupted"]
+T = TypeVar("T")
+R = TypeVar("R", ChatRequest, OperationRequest)
+
+
+@dataclass(slots=True)
+class Job(Generic[R]):
+    """What a dialect asks for. `request` is what the upstream shall see; `talk` None: no conversation is kept.
+
+    `assumed_model`: the name that OpenAI's API gives to a request without one; it is not sent where the upstream knows
+    the model by that name.
+    """
+
+    request_id: str
+    caller: Caller
+    end_user: str | None
+    model: Model
+    request: R
+    talk: Talk | None
+    wants_usage: bool = False
+    assumed_model: str | None = None
+    at: int = field(default_factory=lambda: int(time.time() * 1000))
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer, durable, ready to be sent."""
+
+    body: bytes
+    cost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """What every call needs. One for each worker. `observe` is told of each attempt that is over."""
+
+    catalog: Catalog
+    ledger: Ledger
+    drain: Drain
+    counter: TokenCounter
+    observe: Callable[[UsageRow], None] = lambda row: None
+
+
+class Call(Generic[R]):
+    """One logical request. `route` is the one in use, or the last one that was."""
+
+    def __init__(self, relay: Relay, job: Job[R]) -> None:
+        self.job: Job[R] = job
+        self.route: Route | None = None
+        self.stopped: StopReason | None = None
+        self._relay = relay
+        self._meter = Meter(job.request_id, job.caller, job.end_user, job.at, stream=job.request.stream)
+        self._name = job.model.name
+        self._attempt_started = job.started
+        self._running: asyncio.Task[Any] | None = None
+        self._committed = False
+        self._broken_off = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def status_sent(self) -> None:
+        """Our client has a status 200 by now: no attempt may follow."""
+        self._committed = True
+
+    def client_left(self) -> None:
+        """The client is gone: read on or break off, as the route says."""
+        if self.stopped is not None:
+            return
+        self.stopped = "client_disconnected"
+        if self.policy == "cancel":
+            self._break_off()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._break_off)
+
+    def interrupt(self) -> None:
+        """The worker has no more time."""
+        self.stopped = self.stopped or "interrupted"
+        self._break_off()
+
+    @property
+    def policy(self) -> Literal["drain", "cancel"]:
+        route = self.route or self.job.model.routes[0]
+        return route.on_disconnect
+
+    @property
+    def is_event_stream(self) -> bool:
+        """May comments and error events be written between its pieces?"""
+        return self.job.request.stream
+
+    @property
+    def conversation_id(self) -> str | None:
+        return self.job.talk.id if self.job.talk is not None else None
+
+    # --- attempts
+
+    async def _try_routes(self, call: Callable[[Route, R], Awaitable[T]]) -> T:
+        plan = list(self._relay.catalog.attempts(self.job.model, self.job.request.operation))
+        if len(plan) == 1:
+            plan *= 2
+        for number, (name, route) in enumerate(plan, 1):
+            self._name, self.route, self._attempt_started = name, route, time.perf_counter()
+            follower = plan[number][1] if number < len(plan) else None
+            try:
+                answer = await self._run(call(route, self._request_for(route)))
+            except BadRequest:  # this backend can never do it, and was not asked
+                if follower is None or follower is route:
+                    raise
+            except UpstreamError as failure:
+                if not self._broken_off:
+                    route.health.failed(failure)
+                if self.stopped or self._committed or follower is None or not _may_follow(failure, route, follower):
+                    raise
+                log.warning("%s failed (%s), trying again", route.backend.name, failure.log or failure.message)
+                self._row(nothing("error", cost_unknown=not _refused(failure)), charged=False)
+            else:
+                route.health.answered()
+                return answer
+        raise AssertionError("a model has at least one route")
+
+    async def _run(self, work: Awaitable[T]) -> T:
+        """Runs upstream work so that `_break_off` can end it; then raises UpstreamError instead of cancelling us."""
+        begun = False
+
+        async def begin() -> T:
+            nonlocal begun
+            begun = True
+            return await work
+
+        self._running = task = asyncio.ensure_future(begin())
+        if self._broken_off:
+            task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not begun and asyncio.iscoroutine(work):
+                work.close()
+            if not self._broken_off:
+                raise
+            kind = UpstreamError if begun else NeverSent
+            raise kind("The call was broken off.", log=self.stopped) from None
+        except GatewayError:
+            raise
+        except Exception as failure:  # a backend's own mistake must not cost the call its row
+            raise backend_failed(failure) from failure
+        finally:
+            self._running = None
+
+    def _break_off(self) -> None:
+        self._broken_off = True
+        if self._running is not None:
+            self._running.cancel()
+
+    def _request_for(self, route: Route) -> R:
+        request = self.job.request
+        if (request.model or self.job.assumed_model) == route.upstream_model:
+            return request
+        return request.with_model(route.upstream_model)
+
+    # --- records
+
+    async def _estimate(self, answers: list[Message]) -> Usage:
+        """What was used, for an upstream that did not say."""
+        raise NotImplementedError
+
+    @property
+    def _counted_model(self) -> str:
+        return self.route.upstream_model if self.route is not None else self.job.model.name
+
+    async def _outcome(self, told: Usage | None, answers: list[Message], reason: object) -> Outcome:
+        usage = told or await self._estimate(answers)
+        finish_reason = reason if isinstance(reason, str) else None
+        outcome = Outcome("ok", usage, "upstream" if told else "gateway", finish_reason)
+        if self.stopped is not None:
+            outcome.status = outcome.finish_reason = self.stopped
+            outcome.ended_by = self.policy if self.stopped == "client_disconnected" else None
+        return outcome
+
+    async def _record_failure(self, failure: GatewayError) -> GatewayError:
+        """A call that has no answer: its rows, and what was asked if it was not the upstream's fault. Returns the
+        failure as the client shall see it."""
+        if self.route is None:
+            return failure
+        if isinstance(failure, NeverSent) or not isinstance(failure, UpstreamError):  # no call, so no row of its own
+            earlier = self._meter.rows[-1] if self._meter.rows else None
+            await self._record_quietly(earlier, keep_talk=False)
+            return cut_short() if self.stopped == "interrupted" else failure
+        refused = _refused(failure)
+        ended_by_us = self.stopped is not None and not refused
+        outcome = await self._outcome(None, [], None) if ended_by_us else nothing("error", cost_unknown=not refused)
+        row = self._row(outcome, charged=ended_by_us)
+        if failure.status >= 500:
+            failure.headers.setdefault("x-should-retry", "false")
+        await self._record_quietly(row, keep_talk=ended_by_us)
+        return cut_short() if self.stopped == "interrupted" else failure
+
+    async def _record_quietly(self, row: UsageRow | None, *, keep_talk: bool) -> None:
+        """For a call that has failed anyway: its client hears of that failure, the log of this one."""
+        try:
+            if row is not None:
+                await self._record(None, row, keep_talk=keep_talk)
+        except GatewayError as unrecorded:
+            log.error("a failed call is not recorded: %s", unrecorded.log or unrecorded.message)
+
+    async def _record(self, answer: Message | None, row: UsageRow, *, keep_talk: bool = True) -> None:
+        """One turn to the ledger. Once begun it goes on, even if this task is cancelled."""
+        conversation = None
+        if self.job.talk is not None and (keep_talk or not self.job.talk.is_new):
+            row.conversation_id = self.conversation_id
+        if self.job.talk is not None and keep_talk:
+            conversation = self.job.talk.turn(
+                answer,
+                row.created_at,
+                model=row.model,
+                finish_reason=row.finish_reason,
+                input_tokens=row.input_tokens,
+                output_tokens=row.output_tokens,
+                cost_nanousd=row.cost_nanousd or 0,
+            )
+        for earlier in self._meter.rows:
+            earlier.conversation_id = row.conversation_id
+        await asyncio.shield(asyncio.ensure_future(self._relay.ledger.record(Turn(self._meter.rows, conversation))))
+
+    def _row(self, outcome: Outcome, *, charged: bool = True) -> UsageRow:
+        assert self.route is not None
+        row = self._meter.row(self.route, self._name, outcome, self._attempt_started, charged=charged)
+        self._relay.observe(row)
+        return row
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _refused(failure: GatewayError) -> bool:
+    """Did the upstream say no, or hear nothing of it? Then nothing was used."""
+    return isinstance(failure, UpstreamUnreachable) or failure.upstream_status is not None
+
+
+def backend_failed(failure: Exception) -> UpstreamError:
+    log.error("a backend failed in a way that nobody foresaw", exc_info=failure)
+    return UpstreamError("The gateway could not read the upstream's answer.", log=type(failure).__name__)
+
+
+def cut_short() -> Unavailable:
+    """The upstream may have been paid already, so a client should not repeat the call by itself."""
+    failure = Unavailable("The gateway is shutting down and had to break off this answer.")
+    failure.headers["x-should-retry"] = "false"
+    return failure
+
+
+def _may_follow(failure: UpstreamError, route: Route, follower: Route) -> bool:
+    if isinstance(failure, UpstreamUnreachable) or failure.upstream_status in _AGAIN:
+        return True
+    return follower is not route and failure.upstream_status not in _CLIENTS_OWN

@@ -1,0 +1,32 @@
+"""The JSON body of a request, read once: an object, with numbers that everybody can hold, and small enough to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.errors import BadRequest, BodyTooLarge
+from gateway.wire.jsontext import loads, numbers_out_of_range
+
+_MOST_MARKS = ((b"[", 500_000), (b"{", 500_000), (b'":', 500_000), (b",", 2_000_000))
+"""More than any conversation has, text included; what has more would hold up a worker for seconds."""
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """Raises BadRequest, BodyTooLarge."""
+    if any(raw.count(mark) > most for mark, most in _MOST_MARKS):
+        raise BodyTooLarge("The body holds too many JSON values to be read while others wait.")
+    try:
+        data = loads(raw)
+    except ValueError as failure:
+        _check_numbers(raw)
+        raise BadRequest(f"The body is not valid JSON: {failure}.", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise BadRequest("The body must be a JSON object.", code="invalid_json")
+    _check_numbers(raw)
+    return data
+
+
+def _check_numbers(raw: bytes) -> None:
+    bad = numbers_out_of_range(raw)
+    if bad is not None:
+        raise BadRequest(f"The number at '{bad}' is out of range.", param=bad, code="invalid_value")

@@ -1,0 +1,178 @@
+"""The usual chunk, without parsing it: one that differs from the chunk before it in its text and in nothing else.
+
+A `Template` is made of a chunk that was read the long way. It holds the bytes before the text and those behind it;
+OpenAI's `obfuscation`, random padding that each of its chunks has, may differ too. What has the same bytes around one
+JSON string is the same chunk with another text, so all that was found out about the first one holds. That is only so
+for the chunk that comes next: what is not the same again has to be read, and ends the template.
+
+How a chunk like that leaves is found out with a `Probe`: the chunk with a mark in place of its text.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.wire.jsontext import loads
+
+Json = dict[str, Any]
+
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_TEXTS = {
+    key: re.compile(b'"' + key.encode() + rb'"\s*:\s*(' + _STRING + b")")
+    for key in ("content", "reasoning_content", "reasoning", "arguments", "text")
+}
+_PADDING = re.compile(rb'"obfuscation"\s*:\s*"([A-Za-z0-9]+)"')
+MARK = f"/{secrets.token_hex(8)}"
+"""In no upstream's text."""
+_MARK = b"\\" + MARK.encode()
+"""As it stands in a probe. Written anew it loses its backslash, so one can tell."""
+_PADDED = b"padding" + secrets.token_hex(8).encode()
+_MARKS = re.compile(re.escape(_MARK) + b"|" + _PADDED)
+_MARKS_REWRITTEN = re.compile(MARK.encode())
+
+
+class Template:
+    """`read` a chunk: its text and the bytes that leave for it, or None for a chunk that is not like this one."""
+
+    __slots__ = ("_changed", "_end", "_head", "_leaving", "_middle", "_rewritten", "_start", "_tail")
+
+    def __init__(self, parts: list[bytes], leaving: list[bytes], *, rewritten: bool) -> None:
+        """`parts` and `leaving`: what comes and what leaves around the text (and the padding). `rewritten`: it does
+        not leave in the bytes in which it came."""
+        self._head = parts[0]
+        self._middle = parts[1] if len(parts) == 3 else b""
+        self._tail = parts[-1]
+        self._start = len(self._head) - 1
+        self._end = 1 - len(self._tail)
+        self._leaving = leaving
+        self._changed = leaving != parts
+        self._rewritten = rewritten
+
+    def read(self, raw: bytes) -> tuple[str, bytes] | None:
+        if not (raw.startswith(self._head) and raw.endswith(self._tail)):
+            return None
+        if self._middle:
+            return self._read_padded(raw)
+        string = raw[self._start : self._end]
+        try:
+            text = orjson.loads(string)  # one string and no more, or this fails; so do lone surrogates: the long way
+        except orjson.JSONDecodeError:
+            return None
+        if self._rewritten:  # an empty text may not need the repair
+            return (text, orjson.dumps(text)[1:-1].join(self._leaving)) if text else None
+        return text, string[1:-1].join(self._leaving) if self._changed else raw
+
+    def _read_padded(self, raw: bytes) -> tuple[str, bytes] | None:
+        stop = raw.find(self._middle, self._start)
+        string = raw[self._start : stop + 1]
+        padding = raw[stop + len(self._middle) : self._end - 1]
+        try:
+            text = orjson.loads(string)
+        except orjson.JSONDecodeError:
+            return None
+        if not padding.isalnum():
+            return None
+        if not self._changed:
+            return text, raw
+        head, middle, tail = self._leaving
+        return text, b"".join((head, string[1:-1], middle, padding, tail))
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A chunk whose text is `MARK`: `raw`, and the `data` it parses to. `parts` are the bytes around the marks."""
+
+    raw: bytes
+    data: Json
+    parts: list[bytes]
+
+    @classmethod
+    def of(cls, raw: bytes, data: Json) -> Probe | None:
+        """None for a chunk that the next one will hardly be like."""
+        found = _text_of(data)
+        place = _TEXTS[found[0]].search(raw) if found is not None else None
+        if found is None or place is None or MARK.encode() in raw:
+            return None
+        parts, marks = [raw[: place.start(1) + 1], raw[place.end(1) - 1 :]], [_MARK]
+        padding = _PADDING.search(parts[1])
+        if padding is not None:
+            parts[1:] = [parts[1][: padding.start(1)], parts[1][padding.end(1) :]]
+            marks.append(_PADDED)
+        probe = cls(b"".join(part + mark for part, mark in zip(parts, [*marks, b""], strict=True)), {}, parts)
+        probe.data.update(loads(probe.raw))
+        return probe if probe._is_same_but_for(data, *found) else None
+
+    def _is_same_but_for(self, data: Json, key: str, text: str) -> bool:
+        """Is the probe its chunk, but for the text and the padding, and are both where they should be?"""
+        like = loads(self.raw)
+        holder = _holder(like["choices"][0], key)
+        if holder.get(key) != MARK:
+            return False
+        holder[key] = text
+        if len(self.parts) == 3:
+            if like.get("obfuscation") != _PADDED.decode():
+                return False
+            like["obfuscation"] = data["obfuscation"]
+        return bool(like == data)
+
+    def template(self, right: Json, leaving: bytes) -> Template | None:
+        """`right`: the probe as it was put right, or its own data; `leaving`: the bytes that would leave for it."""
+        rewritten = right is not self.data
+        parts = (_MARKS_REWRITTEN if rewritten else _MARKS).split(leaving)
+        if rewritten and len(self.parts) == 2 and len(parts) > 1:
+            return Template(self.parts, parts, rewritten=True)
+        if not rewritten and len(parts) == len(self.parts):
+            return Template(self.parts, parts, rewritten=False)
+        return None
+
+
+def _text_of(data: Json) -> tuple[str, str] | None:
+    """Member and text of a chunk that adds to one text and says nothing else that could add up."""
+    choices = data["choices"]
+    if len(choices) != 1 or not isinstance(choices[0], dict) or data.get("usage") is not None:
+        return None
+    choice = choices[0]
+    if choice.get("finish_reason") is not None:
+        return None
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return ("text", choice["text"]) if isinstance(choice.get("text"), str) else None
+    texts = {key: value for key, value in delta.items() if value and key != "role" and _adds_up(value)}
+    if not texts:
+        return ("content", "") if delta.get("content") == "" else None
+    [(key, text), *more] = texts.items()
+    if more:
+        return None
+    if key == "tool_calls":
+        return _arguments_of(text)
+    return (key, text) if key in _TEXTS and isinstance(text, str) else None
+
+
+def _adds_up(value: object) -> bool:
+    return isinstance(value, (str, list, dict))
+
+
+def _arguments_of(pieces: object) -> tuple[str, str] | None:
+    """Of a piece that goes on with a call and does not name one."""
+    if not isinstance(pieces, list) or len(pieces) != 1 or not isinstance(pieces[0], dict) or pieces[0].get("id"):
+        return None
+    function = pieces[0].get("function")
+    if not isinstance(function, dict) or function.get("name") or not isinstance(function.get("arguments"), str):
+        return None
+    return "arguments", function["arguments"]
+
+
+def _holder(choice: Json, key: str) -> Json:
+    """The object that has the text."""
+    if key == "text":
+        return choice
+    delta: Json = choice["delta"]
+    if key == "arguments":
+        function: Json = delta["tool_calls"][0]["function"]
+        return function
+    return delta

@@ -1,0 +1,319 @@
+"""Chunks that are not parsed: they leave, and are recorded, as if they had been."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from gateway.wire import stream as stream_module
+from gateway.wire import template as template_module
+from gateway.wire.chat import Chunk, Usage
+from gateway.wire.stream import ChatStream
+from gateway.wire.template import MARK, Probe
+
+Json = dict[str, Any]
+
+NAME: Json = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+
+
+class Watched(Chunk):
+    """Knows whether somebody wanted it parsed."""
+
+    __slots__ = ("parsed",)
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(raw=raw)
+        self.parsed = False
+
+    @property
+    def data(self) -> Json:
+        self.parsed = True
+        return super().data
+
+
+def compact(data: Json) -> bytes:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def chunk(delta: Json, **more: Any) -> Json:
+    return NAME | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} | more
+
+
+def parsed(*chunks: bytes, wants_usage: bool = False, operation: str = "chat/completions") -> list[bool]:
+    """Which of them were parsed."""
+    stream = ChatStream(wants_usage=wants_usage, operation=operation)
+    watched = [Watched(raw) for raw in chunks]
+    for item in watched:
+        stream.feed([item])
+    return [item.parsed for item in watched]
+
+
+BEGIN = compact(chunk({"role": "assistant", "content": ""}))
+
+
+class TestWhatIsNotParsed:
+    @pytest.mark.parametrize(
+        "text", ["", "b", " ", 'a "quoted\\ word"', "\n\t", "é😀\u2028", "\x7f", "usage", '"usage']
+    )
+    @pytest.mark.parametrize("ascii_only", [False, True])
+    def test_another_text(self, text: str, ascii_only: bool) -> None:
+        chunks = [json.dumps(chunk({"content": item}), ensure_ascii=ascii_only).encode() for item in ("a", text)]
+        assert parsed(BEGIN, *chunks) == [True, True, False]
+
+    @pytest.mark.parametrize("wants_usage", [False, True])
+    def test_beside_the_usage_that_we_caused_and_padding(self, wants_usage: bool) -> None:
+        chunks = [
+            compact(chunk({"content": text}, usage=None, obfuscation=padding))
+            for text, padding in (("a", "x"), ('"}', "yyy"), ("c", "Z0"))
+        ]
+        assert parsed(BEGIN, *chunks, wants_usage=wants_usage) == [True, True, False, False]
+
+    def test_arguments(self) -> None:
+        call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}
+        pieces = [{"index": 0, "function": {"arguments": text}} for text in ('{"', "a", '":1}')]
+        chunks = [compact(chunk({"tool_calls": [piece]})) for piece in (call, *pieces)]
+        assert parsed(BEGIN, *chunks) == [True, True, True, False, False]
+
+    def test_repaired_ones(self) -> None:
+        chunks = [compact(chunk({"role": "", "reasoning": text}, service_tier="on_demand")) for text in "abc"]
+        assert parsed(BEGIN, *chunks) == [True, True, False, False]
+
+    def test_older_completions(self) -> None:
+        chunks = [compact(NAME | {"choices": [{"index": 0, "text": text, "finish_reason": None}]}) for text in "abc"]
+        assert parsed(chunks[0], *chunks, operation="completions") == [True, True, False, False]
+
+
+A = compact(chunk({"content": "a"}))
+
+
+class TestWhatIsParsed:
+    @pytest.mark.parametrize(
+        "other",
+        [
+            compact(chunk({"content": None})),
+            compact(chunk({"content": 1})),
+            compact(chunk({"content": "a", "x": 1})),
+            compact(chunk({"content": "a"}, x="x")),
+            compact(chunk({"content": "a"}, usage=None)),
+            A.replace(b'"a"', b'"a","content":"b"'),
+            A.replace(b'"a"', b'"\\ud83d"'),
+            A.replace(b'"a"', b'"a'),
+            A.replace(b'"a"', b'"\\"'),
+            A.replace(b'"a"', b'"\\x"'),
+            A.replace(b'"a"', b'"\n"'),
+            A.replace(b'"a"', b'"\xff"'),
+            A.replace(b'"a"', b""),
+            A[: A.index(b'"a"') + 1],
+            A[:-1],
+        ],
+    )
+    def test_anything_else(self, other: bytes) -> None:
+        stream = ChatStream(wants_usage=False)
+        stream.feed([Chunk(raw=BEGIN), Chunk(raw=A)])
+        watched = Watched(other)
+        try:
+            stream.feed([watched])
+        except ValueError:
+            assert other not in (BEGIN, A)
+        assert watched.parsed
+
+    def test_padding_that_is_none(self) -> None:
+        right, wrong = (compact(chunk({"content": "a"}, obfuscation=text)) for text in ("ab", 'a","x":"b'))
+        assert parsed(BEGIN, right, wrong) == [True, True, True]
+
+    def test_what_comes_after_something_else(self) -> None:
+        assert parsed(BEGIN, A, A, compact(chunk({})), A, A) == [True, True, False, True, True, False]
+
+    def test_an_upstream_that_never_sends_the_same_twice_is_not_learned_for_ever(self) -> None:
+        chunks = [compact(chunk({"content": "a"}, x=number)) for number in range(40)]
+        assert all(parsed(BEGIN, *chunks))
+        assert parsed(BEGIN, *chunks, chunks[-1], chunks[-1])[-2:] == [True, True]
+
+    def test_one_that_does_so_now_and_then_is(self) -> None:
+        """Such as Ollama, whose `created` is the time of the chunk."""
+        chunks = [compact(chunk({"content": "a"}, created=number // 10)) for number in range(10, 400)]
+        assert parsed(BEGIN, *chunks).count(True) == 1 + 39
+
+
+class TestProbe:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            chunk({"content": "a"}) | {"choices": []},
+            chunk({"content": "a"}) | {"choices": chunk({})["choices"] * 2},
+            chunk({"content": "a"}, usage={"prompt_tokens": 1}),
+            chunk({}),
+            chunk({"content": None}),
+            chunk({"content": "a", "reasoning_content": "b"}),
+            chunk({"content": "a", "x": ["b"]}),
+            chunk({"content": ["a"]}),
+            chunk({"x": "a"}),
+            chunk({"tool_calls": [{"index": 0, "id": "x", "function": {"arguments": "a"}}]}),
+            chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "a"}}]}),
+            chunk({"tool_calls": [{"index": 0, "function": {"arguments": "a"}}] * 2}),
+            {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}]},
+        ],
+    )
+    def test_of_chunks_that_the_next_one_will_not_be_like(self, data: Json) -> None:
+        assert Probe.of(compact(data), data) is None
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            b'{"content":"x","choices":[{"index":0,"delta":{"content":"a"}}]}',
+            b'{"my\\"content":"x","choices":[{"index":0,"delta":{"content":"a"}}]}',
+            b'{"choices":[{"index":0,"delta":{"content":"x","content":"a"}}]}',
+            b'{"choices":[{"index":0,"delta":{"c\\u006fntent":"a"}}]}',
+        ],
+    )
+    def test_of_a_text_that_is_not_where_it_seems(self, raw: bytes) -> None:
+        assert Probe.of(raw, json.loads(raw)) is None
+
+    def test_its_mark_stands_for_the_text(self) -> None:
+        probe = Probe.of(A, json.loads(A))
+        assert probe is not None
+        assert probe.data == chunk({"content": MARK})
+        assert b'"a"'.join([probe.parts[0][:-1], probe.parts[1][1:]]) == A
+
+
+# --- both ways are the same
+
+_TEXT = st.text(max_size=6) | st.sampled_from(
+    ["", '"', "\\", "usage", '"usage', ',"usage":null', "\ud83d", "\ude00", "}"]
+)
+_PADDING = st.text("aZ0", max_size=3) | st.sampled_from(["", "-", '"'])
+_TEMPLATES: list[Json] = [
+    chunk({"content": 0}),
+    chunk({"role": "assistant", "content": 0, "refusal": None}),
+    chunk({"content": 0}, usage=None),
+    chunk({"content": 0}, usage=None, obfuscation=1),
+    chunk({"content": 0}, obfuscation=1, usage=None),
+    {"usage": None} | chunk({"content": 0}),
+    {"usage": None, "obfuscation": 1} | chunk({"content": 0}),
+    chunk({"content": 0}, usage=None, x={"usage": None}),
+    chunk({"content": 0}, service_tier="on_demand", usage=None),
+    chunk({"content": 0}, x=[{"content": "b"}], system_fingerprint=MARK),
+    {"x": {"content": "b"}} | chunk({"content": 0}),
+    chunk({"reasoning": 0, "content": None}),
+    chunk({"reasoning": 0, "content": "", "role": ""}, usage=None),
+    chunk({"reasoning_content": 0, "content": ""}),
+    chunk({"content": 0, "reasoning": "", "tool_calls": [], "x": 1, "y": {}, "z": True}),
+    chunk({"tool_calls": [{"index": 0, "function": {"arguments": 0}}]}),
+    chunk({"content": "", "tool_calls": [{"function": {"arguments": 0}, "type": "function", "id": ""}]}, usage=None),
+    chunk({"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": 0}}]}),
+    chunk({"tool_calls": [{"index": 0, "id": "c2", "type": "function", "function": {"name": "g", "arguments": 0}}]}),
+    chunk({"tool_calls": [{"function": {"name": "f", "arguments": 0}}]}),
+    chunk({"content": 0}, timings={"predicted_n": 1}, x_groq={"usage": {"prompt_tokens": 1, "completion_tokens": 1}}),
+    chunk({"content": 0}, usage={"prompt_tokens": 3, "completion_tokens": 1}),
+    chunk({"content": 0}, id="", created=0),
+    NAME | {"choices": [{"delta": {"content": 0}}]},
+    NAME | {"choices": [{"index": 1, "delta": {"content": 0}, "finish_reason": None}]},
+    NAME | {"choices": [{"index": 0, "text": 0, "finish_reason": None}]},
+    NAME | {"choices": [{"index": 0, "delta": {"content": 0}, "finish_reason": "stop"}]},
+    NAME | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "x": 0}], "usage": None},
+    NAME | {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+]
+_STYLES: list[Json] = [
+    {"separators": (",", ":"), "ensure_ascii": False},
+    {"separators": (", ", ": "), "ensure_ascii": True},
+    {"separators": (",", " : "), "ensure_ascii": False},
+    {"indent": 1},
+]
+_RUNS = st.lists(
+    st.tuples(st.sampled_from(_TEMPLATES), st.lists(st.tuples(_TEXT, _PADDING), min_size=1, max_size=4)), max_size=5
+)
+
+
+def raws(runs: list[tuple[Json, list[tuple[str, str]]]], style: Json) -> list[bytes]:
+    """The chunks of a stream: runs of chunks that have one template each, with 0 for the text and 1 for the padding."""
+    return [_filled(template, text, padding, style) for template, texts in runs for text, padding in texts]
+
+
+def _filled(template: Json, text: str, padding: str, style: Json) -> bytes:
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: (text if item == 0 and key in _TEXT_KEYS else padding if key == "obfuscation" else fill(item))
+                for key, item in value.items()
+            }
+        return [fill(item) for item in value] if isinstance(value, list) else value
+
+    raw = json.dumps(fill(template), **(style | {"ensure_ascii": True}))
+    if style.get("ensure_ascii") is False:  # but a lone surrogate has no other form
+        raw = re.sub(r"(?<!\\)((?:\\\\)*)\\u(?!d[89a-f]|00[01]|0022|005c)([0-9a-f]{4})", _character, raw)
+    return raw.encode()
+
+
+_TEXT_KEYS = {"content", "reasoning", "reasoning_content", "arguments", "text", "x"}
+
+
+def _character(found: re.Match[str]) -> str:
+    return found[1] + chr(int(found[2], 16))
+
+
+def outcome(chunks: list[bytes], *, wants_usage: bool, operation: str, most: int) -> list[object]:
+    """All that a stream does with chunks, one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_module, "_MOST_PROBES", most)
+        stream = ChatStream(wants_usage=wants_usage, operation=operation)
+        out = [stream.feed([Chunk(raw=raw)]) for raw in chunks]
+        record = [stream.answer.message(index) for index in stream.answer.indexes]
+        end = stream.end(stream.usage or Usage(1, 2), None, {})
+    made = re.compile(rb"(call_|cmpl-)[0-9a-f]{24}")
+    for message in record:
+        for call in message.get("tool_calls") or ():
+            call["id"] = made.sub(b"", call.get("id", "").encode())
+    return [
+        [made.sub(b"", item) for item in (*out, end)],
+        record,
+        stream.usage,
+        stream.timings,
+        stream.answer.finish_reasons,
+        stream.finished,
+    ]
+
+
+@given(
+    _RUNS,
+    st.sampled_from(_STYLES),
+    st.booleans(),
+    st.sampled_from(["chat/completions"] * 4 + ["completions"]),
+)
+@example([(_TEMPLATES[2], [("a", ""), ("usage", ""), ('"usage', "")])], _STYLES[2], False, "chat/completions")
+@example([(_TEMPLATES[0], [("\ud83d", ""), ("\ude00", ""), ("a", ""), ("b", "")])], _STYLES[1], False, "completions")
+def test_parsed_and_not_parsed_are_the_same(
+    runs: list[tuple[Json, list[tuple[str, str]]]], style: Json, wants_usage: bool, operation: str
+) -> None:
+    chunks = raws(runs, style)
+    fast = outcome(chunks, wants_usage=wants_usage, operation=operation, most=10**6)
+    slow = outcome(chunks, wants_usage=wants_usage, operation=operation, most=0)
+    assert fast == slow
+
+
+@pytest.mark.parametrize("wants_usage", [False, True])
+@pytest.mark.parametrize("style", range(len(_STYLES)))
+@pytest.mark.parametrize("number", range(len(_TEMPLATES)))
+def test_each_kind_of_chunk(number: int, style: int, wants_usage: bool) -> None:
+    texts = [
+        ("a", "x"),
+        ("b", "yy"),
+        ('"\\ é\n', "z"),
+        ("\ud83d", "z"),
+        ("\ude00", "z"),
+        ("c", "z"),
+        ("d", "z"),
+        ("", "z"),
+    ]
+    chunks = raws([(_TEMPLATES[1], texts[:1]), (_TEMPLATES[number], texts)], _STYLES[style])
+    for operation in ("chat/completions", "completions"):
+        fast = outcome(chunks, wants_usage=wants_usage, operation=operation, most=10**6)
+        assert fast == outcome(chunks, wants_usage=wants_usage, operation=operation, most=0)
+
+
+def test_the_mark_is_nobodys_text() -> None:
+    assert re.fullmatch(r"/[0-9a-f]{16}", template_module.MARK)
