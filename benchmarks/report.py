@@ -20,7 +20,7 @@ from benchmarks.stats import median
 
 Figures = Mapping[str, Any]
 Pick = Callable[[Figures], float | None]
-_LIBRARIES = ("uvloop", "httptools", "uvicorn", "orjson", "asyncpg", "aiohttp")
+_LIBRARIES = ("uvloop", "httptools", "uvicorn", "orjson", "asyncpg")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from typing import Any
 
 from starlette.routing import Router
 
+from gateway import __version__
 from gateway.admission import Admission
 from gateway.api import admin, openai, operations, ops
 from gateway.api.common import Readiness, Services
 from gateway.auth import Auth
-from gateway.backends.transport import AiohttpTransport
+from gateway.backends.client import HTTPTransport
 from gateway.call import Relay
 from gateway.compose import build_catalog, ca_files, with_local_ollama
 from gateway.config import Settings, load_settings
@@ -28,6 +29,7 @@ from gateway.conversations import Conversations
 from gateway.drain import Drain
 from gateway.errors import ConfigError, DatabaseUnavailable
 from gateway.ledger import Ledger
+from gateway.metrics import Metrics, public_names
 from gateway.middleware import CORS, ErrorBoundary, Observed, OnePath, not_found
 from gateway.responses import Receive, Scope, Send
 from gateway.store.connect import database_at
@@ -69,17 +71,18 @@ class Gateway:
             pool_size=settings.database.pool_size,
             statement_cache=settings.database.statement_cache,
         )
-        transports = {path: AiohttpTransport(path) for path in ca_files(settings)}
-        ledger, admission, readiness = Ledger(database), Admission(database), Readiness()
+        transports = {path: HTTPTransport(path) for path in ca_files(settings)}
         counter = TokenCounter()
         catalog = build_catalog(settings, transports)
+        metrics = Metrics(public_names(catalog, settings.models), __version__)
+        ledger, admission, readiness = Ledger(database, metrics), Admission(database), Readiness()
         services = Services(
             settings=settings,
             database=database,
             auth=_auth(settings, database, admission),
             catalog=catalog,
             conversations=_conversations(settings, database),
-            relay=Relay(catalog, ledger, self.drain, counter),
+            relay=Relay(catalog, ledger, self.drain, counter, metrics.attempt_ended, metrics.upstream_failed),
             drain=self.drain,
             readiness=readiness,
         )
@@ -88,8 +91,10 @@ class Gateway:
             await asyncio.wait({opening}, timeout=3)
             ledger.start()
             catalog.start()
-            yield {"services": services, "endpoints": _endpoints()}
+            metrics.watch(database, ledger)
+            yield {"services": services, "endpoints": _endpoints(), "metrics": metrics}
         finally:
+            metrics.close()
             opening.cancel()
             await asyncio.gather(opening, return_exceptions=True)
             await ledger.aclose()

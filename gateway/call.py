@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -26,9 +26,9 @@ from gateway.auth import Caller
 from gateway.catalog import Catalog, Model, Route
 from gateway.conversations import Talk
 from gateway.drain import Drain
-from gateway.errors import BadRequest, GatewayError, NeverSent, Unavailable, UpstreamError, UpstreamUnreachable
+from gateway.errors import UNSENT, BadRequest, GatewayError, NeverSent, Unavailable, UpstreamError, UpstreamUnreachable
 from gateway.ledger import Ledger, Turn
-from gateway.metering import Meter, Outcome, nothing
+from gateway.metering import Meter, Outcome, nothing, told_tier
 from gateway.store.usage import UsageRow
 from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Message, Usage
@@ -74,13 +74,15 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """What every call needs. One for each worker. `observe` is told of each attempt that is over."""
+    """What every call needs. One for each worker. `observe` is told of each attempt that is over, `failed` of each
+    failure of a backend, by its name."""
 
     catalog: Catalog
     ledger: Ledger
     drain: Drain
     counter: TokenCounter
     observe: Callable[[UsageRow], None] = lambda row: None
+    failed: Callable[[str, UpstreamError], None] = lambda backend, failure: None
 
 
 class Call(Generic[R]):
@@ -97,6 +99,7 @@ class Call(Generic[R]):
         self._running: asyncio.Task[Any] | None = None
         self._committed = False
         self._broken_off = False
+        self._interrupted = False
         self._timer: asyncio.TimerHandle | None = None
 
     def status_sent(self) -> None:
@@ -134,13 +137,14 @@ class Call(Generic[R]):
 
     # --- attempts
 
-    async def _try_routes(self, call: Callable[[Route, R], Awaitable[T]]) -> T:
+    async def _try_routes(self, call: Callable[[Route, R], Coroutine[Any, Any, T]]) -> T:
         plan = list(self._relay.catalog.attempts(self.job.model, self.job.request.operation))
         if len(plan) == 1:
             plan *= 2
         for number, (name, route) in enumerate(plan, 1):
             self._name, self.route, self._attempt_started = name, route, time.perf_counter()
             follower = plan[number][1] if number < len(plan) else None
+            failures_before = route.health.failures
             try:
                 answer = await self._run(call(route, self._request_for(route)))
             except BadRequest:  # this backend can never do it, and was not asked
@@ -149,51 +153,56 @@ class Call(Generic[R]):
             except UpstreamError as failure:
                 if not self._broken_off:
                     route.health.failed(failure)
+                    self._relay.failed(route.backend.name, failure)
                 if self.stopped or self._committed or follower is None or not _may_follow(failure, route, follower):
                     raise
                 log.warning("%s failed (%s), trying again", route.backend.name, failure.log or failure.message)
                 self._row(nothing("error", cost_unknown=not _refused(failure)), charged=False)
             else:
-                route.health.answered()
+                route.health.answered(failures_before)
                 return answer
         raise AssertionError("a model has at least one route")
 
-    async def _run(self, work: Awaitable[T]) -> T:
-        """Runs upstream work so that `_break_off` can end it; then raises UpstreamError instead of cancelling us."""
-        begun = False
-
-        async def begin() -> T:
-            nonlocal begun
-            begun = True
-            return await work
-
-        self._running = task = asyncio.ensure_future(begin())
+    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs upstream work so that `_break_off` can end it; then raises UpstreamError instead of cancelling us. This
+        is done in our own task, as `asyncio.timeout` does it: another one would cost more than what it does."""
         if self._broken_off:
-            task.cancel()
+            work.close()
+            raise NeverSent("The call was broken off.", log=self.stopped)
+        task = asyncio.current_task()
+        assert task is not None
+        self._running, before = task, task.cancelling()
         try:
-            return await task
-        except asyncio.CancelledError:
-            if not begun and asyncio.iscoroutine(work):
-                work.close()
-            if not self._broken_off:
+            return await work
+        except asyncio.CancelledError as cancelled:
+            if not self._interrupted or task.uncancel() > before:
                 raise
-            kind = UpstreamError if begun else NeverSent
+            self._interrupted = False
+            kind = NeverSent if UNSENT in cancelled.args else UpstreamError
             raise kind("The call was broken off.", log=self.stopped) from None
+        except NeverSent:
+            if not self._interrupted and task.cancelling() > before:  # a cancellation by others, in the client's words
+                raise asyncio.CancelledError from None
+            raise
         except GatewayError:
             raise
         except Exception as failure:  # a backend's own mistake must not cost the call its row
             raise backend_failed(failure) from failure
         finally:
             self._running = None
+            if self._interrupted:  # and the work ended in another way
+                self._interrupted = False
+                task.uncancel()
 
     def _break_off(self) -> None:
         self._broken_off = True
-        if self._running is not None:
+        if self._running is not None and not self._interrupted:
+            self._interrupted = True
             self._running.cancel()
 
     def _request_for(self, route: Route) -> R:
         request = self.job.request
-        if (request.model or self.job.assumed_model) == route.upstream_model:
+        if (request.model or self.job.assumed_model) == route.upstream_model and not _names_others(request):
             return request
         return request.with_model(route.upstream_model)
 
@@ -211,6 +220,7 @@ class Call(Generic[R]):
         usage = told or await self._estimate(answers)
         finish_reason = reason if isinstance(reason, str) else None
         outcome = Outcome("ok", usage, "upstream" if told else "gateway", finish_reason)
+        outcome.service_tier = told_tier(None, self.job.request.data.get("service_tier"))
         if self.stopped is not None:
             outcome.status = outcome.finish_reason = self.stopped
             outcome.ended_by = self.policy if self.stopped == "client_disconnected" else None
@@ -243,7 +253,7 @@ class Call(Generic[R]):
             log.error("a failed call is not recorded: %s", unrecorded.log or unrecorded.message)
 
     async def _record(self, answer: Message | None, row: UsageRow, *, keep_talk: bool = True) -> None:
-        """One turn to the ledger. Once begun it goes on, even if this task is cancelled."""
+        """One turn to the ledger. Once given it is the ledger's, even if this task is cancelled."""
         conversation = None
         if self.job.talk is not None and (keep_talk or not self.job.talk.is_new):
             row.conversation_id = self.conversation_id
@@ -259,7 +269,7 @@ class Call(Generic[R]):
             )
         for earlier in self._meter.rows:
             earlier.conversation_id = row.conversation_id
-        await asyncio.shield(asyncio.ensure_future(self._relay.ledger.record(Turn(self._meter.rows, conversation))))
+        await self._relay.ledger.record(Turn(self._meter.rows, conversation))
 
     def _row(self, outcome: Outcome, *, charged: bool = True) -> UsageRow:
         assert self.route is not None
@@ -267,9 +277,20 @@ class Call(Generic[R]):
         self._relay.observe(row)
         return row
 
+    def _failed_midway(self, outcome: Outcome, failure: UpstreamError) -> None:
+        """A reply that had begun has broken, and not because we broke it off."""
+        assert self.route is not None
+        outcome.status, outcome.finish_reason = "error", "error"
+        self._relay.failed(self.route.backend.name, failure)
+
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _names_others(request: ChatRequest | OperationRequest) -> bool:
+    """Might an upstream that reads a doubled key in its own way find another model in it?"""
+    return request.model is not None and (request.raw.count(b'"model"') > 1 or b"\\u006" in request.raw)
 
 
 def _refused(failure: GatewayError) -> bool:

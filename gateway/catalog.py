@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gateway.backends.base import Backend, ModelInfo, operations_of
-from gateway.errors import ModelNotFound, NotFound, UpstreamError
+from gateway.errors import ModelNotFound, NeverSent, NotFound, UpstreamError
 from gateway.health import RouteHealth
 from gateway.price_table import PriceTable
 from gateway.pricing import Price, Priced
@@ -31,6 +31,7 @@ RETRY_SECONDS = (1, 2, 5, 15)
 FIRST_ANSWER_SECONDS = 5
 MOST_HEALTHS = 1000
 MOST_PRICES = 2000
+LONGEST_NAME = 500
 CREATED = 1_767_225_600
 """For models whose upstream says no date: 2026-01-01, so that all workers say the same."""
 
@@ -62,14 +63,15 @@ class Provider:
     """A backend with what its settings say for all its models. `prices` by its own model names; what they do not say is
     looked up in `table`, where `vendor` names whose prices these are.
 
-    `listed` are the models it has; if `static`, the settings say so and it is never asked.
+    `listed` are the models it has; if `static`, the settings say so and it is never asked. `configured` are those that
+    routes of the settings lead to: their health is never forgotten.
     """
 
     backend: Backend
     on_disconnect: OnDisconnect | None = None
     refuse: frozenset[str] = frozenset()
     static: bool = False
-    prices: Mapping[str, Price] = field(default_factory=dict)
+    prices: Mapping[str, Priced] = field(default_factory=dict)
     free: bool = False
     vendor: str | None = None
     table: PriceTable | None = None
@@ -77,6 +79,7 @@ class Provider:
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     failing: bool = False
     health: OrderedDict[str, RouteHealth] = field(default_factory=OrderedDict)
+    configured: set[str] = field(default_factory=set)
     looked_up: dict[str, Priced | None] = field(default_factory=dict)
 
     @property
@@ -90,7 +93,7 @@ class Provider:
         return "cooling" if used and all(health.cooling for health in used) else "ok"
 
     def route(
-        self, model: str, price: Price | None = None, weight: int = 1, on_disconnect: OnDisconnect | None = None
+        self, model: str, price: Priced | None = None, weight: int = 1, on_disconnect: OnDisconnect | None = None
     ) -> Route:
         known = price or self.prices.get(model) or (Price(0, 0) if self.free else self._looked_up(model))
         policy = on_disconnect or self.on_disconnect or ("cancel" if known is None else "drain")
@@ -109,8 +112,8 @@ class Provider:
         """One for each upstream model, whatever names lead to it; of the names that clients make up, the latest."""
         found = self.health.pop(model, None) or RouteHealth()
         self.health[model] = found
-        if len(self.health) > MOST_HEALTHS:
-            self.health.popitem(last=False)
+        if len(self.health) > MOST_HEALTHS + len(self.configured):
+            del self.health[next(name for name in self.health if name not in self.configured)]
         return found
 
 
@@ -127,6 +130,9 @@ class Catalog:
         default_backend: str | None = None,
     ) -> None:
         self._providers = dict(providers)
+        for route in (route for model in models for route in model.routes):
+            if route.backend.name in self._providers:
+                self._providers[route.backend.name].configured.add(route.upstream_model)
         self._models = {model.name: model for model in models}
         self._aliases = dict(aliases or {})
         self._default_model = default_model
@@ -149,6 +155,8 @@ class Catalog:
         name = name or self.default_model
         if name is None:
             raise ModelNotFound("No model is configured. Add a backend to config.yaml.", param="model")
+        if len(name) > LONGEST_NAME:
+            raise ModelNotFound(f"A model name has at most {LONGEST_NAME} characters.")
         found = self._known(name)
         if found is None and not self._waited and any(not one.asked.is_set() for one in self._providers.values()):
             await self._first_answers()
@@ -232,7 +240,7 @@ class Catalog:
         for provider in self._providers.values():
             if name in provider.listed:
                 return Model(name, [provider.route(name)])
-        backend, slash, rest = name.partition("/")
+        backend, slash, rest = name.partition("/") if len(name) <= LONGEST_NAME else ("", "", "")
         if slash and rest and backend in self._providers:
             return Model(name, [self._providers[backend].route(rest)])
         return None
@@ -252,6 +260,8 @@ class Catalog:
             pause: float = REFRESH_SECONDS
             try:
                 provider.listed = {info.id: info for info in await provider.backend.models()}
+            except NeverSent:  # so a client says that its caller was cancelled
+                return
             except UpstreamError as failure:
                 log.warning("%s does not list its models: %s", provider.backend.name, failure.log or failure.message)
                 provider.failing = True

@@ -6,8 +6,10 @@ else's adds one through the entry-point group `gateway.backends` (docs/plugins.m
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
+import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from urllib.parse import urlsplit
@@ -25,9 +27,10 @@ from gateway.catalog import Catalog, Model, Provider, Route
 from gateway.config import PLUGINS, BackendSettings, ModelSettings, PriceSettings, Settings
 from gateway.errors import ConfigError
 from gateway.price_table import PriceTable
-from gateway.pricing import Price
+from gateway.pricing import Priced, configured
 
 PROBE_SECONDS = 1.0
+OLLAMA_PORT = "11434"
 
 
 def build_catalog(settings: Settings, transports: Mapping[str | None, Transport]) -> Catalog:
@@ -90,33 +93,40 @@ def with_local_ollama(settings: Settings) -> Settings:
         return settings
     settings = settings.model_copy(update={"probe_ollama": False})
     url = _ollama_url(os.environ.get("OLLAMA_HOST", ""))
+    try:
+        ollama = BackendSettings(type="ollama", base_url=url)
+    except ValueError:  # what is no address answers to nobody
+        return settings
     if not _answers(url):
         return settings
     found = {name: backend for name, backend in settings.backends.items() if backend.type != "scripted"}
-    found["ollama"] = BackendSettings(type="ollama", base_url=url)
+    found["ollama"] = ollama
     notes = tuple(note for note in settings.notes if "`echo`" not in note)
     return settings.model_copy(update={"backends": found, "notes": notes})
 
 
 def _ollama_url(told: str) -> str:
-    """From what Ollama understands: nothing, a host, host:port, a URL. A server's `0.0.0.0` is this machine."""
-    url = told if "//" in told else f"http://{told or '127.0.0.1'}"
-    try:
-        parts = urlsplit(url)
-        if parts.port is None and parts.scheme == "http":
-            url = f"{url.rstrip('/')}:11434"
-    except ValueError:
-        pass  # what is no address answers to nobody
-    return url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+    """From what Ollama understands: nothing, a host, host:port, :port, or a URL, whose port is its scheme's if it names
+    none. A server's `0.0.0.0` is this machine."""
+    scheme, sign, rest = told.strip(" '\"").partition("://")
+    if not sign:
+        scheme, rest = "http", scheme
+    place, _, path = rest.rstrip("/").partition("/")
+    if place.count(":") > 1 and not place.startswith("["):
+        place = f"[{place}]"
+    host, _, port = place.rpartition(":") if re.search(r":\d*$", place) else (place, "", "")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    port = port or ("" if sign else OLLAMA_PORT)
+    return f"{scheme}://{host}{port and ':' + port}{path and '/' + path}"
 
 
 def _answers(url: str) -> bool:
     try:
         parts = urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=PROBE_SECONDS)
-        connection.request("GET", "/api/version")
-        return b'"version"' in connection.getresponse().read(1000)
+        with contextlib.closing(kind(parts.hostname or "", parts.port, timeout=PROBE_SECONDS)) as connection:
+            connection.request("GET", f"{parts.path}/api/version")
+            return b'"version"' in connection.getresponse().read(1000)
     except (OSError, ValueError, http.client.HTTPException):
         return False
 
@@ -174,5 +184,5 @@ def _model(name: str, settings: ModelSettings, providers: Mapping[str, Provider]
     return Model(name, routes, settings.fallbacks)
 
 
-def _price(settings: PriceSettings | None) -> Price | None:
-    return None if settings is None else Price.from_usd(settings.model_dump())
+def _price(settings: PriceSettings | None) -> Priced | None:
+    return None if settings is None else configured(settings.model_dump())

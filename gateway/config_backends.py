@@ -214,7 +214,13 @@ class BackendSettings(QuirkSettings):
                 raise ValueError("must have names of letters, digits and -")
             if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value.get_secret_value()):
                 raise ValueError("must have values of one line")
+            if name.lower() in _OURS:
+                raise ValueError(f"must not set {name.lower()}, which the gateway writes itself")
         return headers
+
+
+_OURS = frozenset({"host", "connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
+"""Of a request's head, what the client that sends it decides."""
 
 
 @dataclass(frozen=True, slots=True)

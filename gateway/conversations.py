@@ -11,7 +11,6 @@ reasoning, white space trimmed, parts as text), by which a resent history can be
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -19,6 +18,7 @@ from typing import Literal
 
 from gateway.auth import Caller
 from gateway.errors import BadRequest, NotFound
+from gateway.ids import random_hex
 from gateway.store import conversations as rows
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database
@@ -104,7 +104,7 @@ class Conversations:
         talk = (
             await self._find(caller, wanted, request, end_user)
             if wanted is not None
-            else Talk(new_id(), f"c_{secrets.token_hex(16)}", caller, end_user, True, request.messages)
+            else Talk(new_id(), f"c_{random_hex()}", caller, end_user, True, request.messages)
         )
         if self._system is not None and not talk.history and not _has_system(request.messages):
             talk.preface = self._system
@@ -131,7 +131,7 @@ class Conversations:
         if found is None:
             if _OWN_ID.fullmatch(wanted):
                 raise NotFound(f"The conversation '{wanted}' does not exist.", param="conversation_id")
-            return Talk(wanted, f"c_{secrets.token_hex(16)}", caller, end_user, True, request.messages)
+            return Talk(wanted, f"c_{random_hex()}", caller, end_user, True, request.messages)
         chains = [message.chain for message in found.messages if message.chain]
         return Talk(
             wanted,
@@ -147,7 +147,7 @@ class Conversations:
 
 
 def new_id() -> str:
-    return f"conv_{secrets.token_hex(16)}"
+    return f"conv_{random_hex()}"
 
 
 def link(previous: str, message: Message) -> str:
@@ -180,7 +180,7 @@ def _stored(
 ) -> StoredMessage:
     extra = {key: value for key, value in message.items() if key not in ("role", "content")}
     return StoredMessage(
-        id=f"msg_{secrets.token_hex(16)}",
+        id=f"msg_{random_hex()}",
         role=clean(message["role"]),
         content=dumps(message.get("content")).decode(),
         extra=dumps(extra).decode() if extra else None,

@@ -27,7 +27,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+UNSENT = "ended before it was sent"
+"""What a CancelledError says (`args`) that ended a call before a byte of it left."""
+
 __all__ = [
+    "UNSENT",
     "BadRequest",
     "BodyTooLarge",
     "ConfigError",

@@ -13,14 +13,11 @@ What is given to gunicorn itself (`--bind`, `--workers`, `--graceful-timeout`...
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import logging
 import math
 import os
-import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,7 +26,7 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
 
-from gateway import logs
+from gateway import logs, metrics
 from gateway.cli import serve
 from gateway.compose import with_local_ollama
 from gateway.config import Settings, load_settings
@@ -40,8 +37,6 @@ from gateway.serving import BACKLOG, KEEP_ALIVE_SECONDS, set_inherited_options
 __all__ = ["configuration"]
 
 logger = logging.getLogger("gateway")
-
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Log(Logger):
@@ -58,7 +53,6 @@ class _Master:
     """What must outlive the configuration file, which gunicorn runs anew on SIGHUP."""
 
     settings: Settings | None = None
-    metrics_folder: str | None = None
 
 
 def configuration() -> dict[str, Any]:
@@ -86,7 +80,6 @@ def configuration() -> dict[str, Any]:
         "on_starting": on_starting,
         "when_ready": when_ready,
         "child_exit": child_exit,
-        "on_exit": on_exit,
     }
 
 
@@ -95,8 +88,7 @@ def _read() -> Settings:
         return with_local_ollama(load_settings(overrides=_workers(os.environ)))
     except ConfigError as failure:
         if _Master.settings is None:
-            for problem in failure.problems:
-                print(f"error: {problem}", file=sys.stderr)
+            _say(failure.problems)
             sys.exit(1)
         for problem in failure.problems:
             logger.error("The new configuration is refused, and the old one stays: %s", problem)
@@ -114,12 +106,10 @@ def _workers(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def on_starting(arbiter: Arbiter) -> None:
-    metrics = _metrics()
-    before = os.environ.get(METRICS_FOLDER)
-    if metrics is not None:
+    try:
         metrics.prepare(max(2, arbiter.cfg.workers))  # while a worker is replaced there are two
-    made = os.environ.get(METRICS_FOLDER)
-    _Master.metrics_folder = made if made != before else None
+    except ConfigError as failure:
+        _say_and_end(failure.problems, arbiter)
 
 
 def when_ready(arbiter: Arbiter) -> None:
@@ -131,25 +121,25 @@ def when_ready(arbiter: Arbiter) -> None:
     try:
         about_keys = asyncio.run(serve._prepare(settings))
     except ConfigError as failure:
-        for problem in failure.problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-        arbiter.halt(exit_status=1)
+        _say_and_end(failure.problems, arbiter)
     except GatewayError as failure:
-        print(f"error: {failure.log or failure.message}", file=sys.stderr, flush=True)
-        arbiter.halt(exit_status=1)
+        _say_and_end([failure.log or failure.message], arbiter)
     else:
         serve._print_banner(settings, about_keys, settings.server.port)
 
 
 def child_exit(arbiter: Arbiter, worker: Worker) -> None:
-    metrics = _metrics()
-    if metrics is not None:
-        metrics.worker_gone(worker.pid)
+    metrics.worker_gone(int(worker.pid))
 
 
-def on_exit(arbiter: Arbiter) -> None:
-    if _Master.metrics_folder is not None:
-        shutil.rmtree(_Master.metrics_folder, ignore_errors=True)
+def _say_and_end(problems: Iterable[str], arbiter: Arbiter) -> None:
+    _say(problems)
+    arbiter.halt(exit_status=1)
+
+
+def _say(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
 
 
 def _in_effect(arbiter: Arbiter) -> Settings:
@@ -162,8 +152,3 @@ def _in_effect(arbiter: Arbiter) -> Settings:
             changes |= {"host": address[0], "port": address[1]}
             break
     return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
-
-
-def _metrics() -> Any:
-    """`gateway.metrics`, where this version has it."""
-    return importlib.import_module("gateway.metrics") if importlib.util.find_spec("gateway.metrics") else None

@@ -34,10 +34,12 @@ class RouteHealth:
     def cooling(self) -> bool:
         return self.cooling_until > time.monotonic()
 
-    def answered(self) -> None:
+    def answered(self, failures_before: int | None = None) -> None:
+        """`failures_before`: as counted when the call began. One that came since is the newer news, and stands."""
         self.calls += 1
-        self.failures_in_a_row = 0
-        self.cooling_until = 0.0
+        if failures_before is None or failures_before == self.failures:
+            self.failures_in_a_row = 0
+            self.cooling_until = 0.0
 
     def failed(self, failure: UpstreamError) -> None:
         """Counts it; cools down unless it was the client's own."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gateway.errors import DatabaseUnavailable, NotRecorded
+from gateway.ids import random_hex
 from gateway.store import conversations, sessions, usage
 from gateway.store.conversations import ConversationTurn
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
@@ -51,7 +51,11 @@ class Turn:
 
     usage: Sequence[UsageRow]
     conversation: ConversationTurn | None = None
-    durable: asyncio.Future[None] | None = field(default=None, compare=False)
+    settled: bool = field(default=False, compare=False)
+    """It is durable, or never will be."""
+    waiter: asyncio.Future[None] | None = field(default=None, compare=False)
+    give_up_at: float = field(default=0.0, compare=False)
+    """When the waiter is told that it takes too long, by the loop's clock."""
 
     @property
     def size(self) -> int:
@@ -85,6 +89,7 @@ class Ledger:
         self._wake = asyncio.Event()
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._closing = False
 
     def start(self) -> None:
@@ -100,8 +105,10 @@ class Ledger:
         finally:
             if self._task is not None:
                 self._task.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
             for turn in self._waiting:
-                if turn.durable is not None and not turn.durable.done():
+                if not turn.settled:
                     log.error("turn not recorded: %s", _figures(turn))
                     _settle(turn, NotRecorded(log="the gateway ends and the database takes nothing"))
 
@@ -138,14 +145,26 @@ class Ledger:
         if (full and self._waiting) or self._task is None or self._task.done():
             log.error("turn not recorded, no room: %s", _figures(turn))
             raise NotRecorded(log="the ledger takes no more turns")
-        turn.durable = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        turn.waiter, turn.give_up_at = loop.create_future(), loop.time() + DEADLINE
         self._waiting.append(turn)
         self._waiting_bytes += size
         self._wake.set()
-        done, _ = await asyncio.wait({turn.durable}, timeout=DEADLINE)
-        if not done:
-            raise NotRecorded(log="no commit in time; the turn is kept and tried again")
-        turn.durable.result()
+        if self._timer is None:
+            self._timer = loop.call_at(turn.give_up_at, self._tell_late_ones)
+        await asyncio.shield(turn.waiter)
+
+    def _tell_late_ones(self) -> None:
+        """Waiters whose time is up hear so; their turns stay. One timer serves them all: they wait in line."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        for turn in self._waiting:
+            if turn.waiter is None or turn.waiter.done():
+                continue
+            if turn.give_up_at > loop.time():
+                self._timer = loop.call_at(turn.give_up_at, self._tell_late_ones)
+                return
+            _tell(turn.waiter, NotRecorded(log="no commit in time; the turn is kept and tried again"))
 
     async def _run(self) -> None:
         while True:
@@ -196,7 +215,7 @@ class Ledger:
                 _settle(turn, None)
 
     async def _commit_alone(self, turn: Turn) -> None:
-        if turn.durable is not None and turn.durable.done():
+        if turn.settled:
             return
         try:
             await self._write([turn])
@@ -239,7 +258,7 @@ class Ledger:
         if known is None or now - known[1] > SESSION_IDLE_MS:
             session_id = await sessions.current(self._database, user_id, active_since=now - SESSION_IDLE_MS)
             if session_id is None:
-                session_id = f"sess_{secrets.token_hex(16)}"
+                session_id = f"sess_{random_hex()}"
                 await sessions.open_session(self._database, session_id, user_id, now)
         else:
             session_id = known[0]
@@ -263,13 +282,17 @@ def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
 
 
 def _settle(turn: Turn, failure: NotRecorded | None) -> None:
-    if turn.durable is None or turn.durable.done():
-        return
+    turn.settled = True
+    if turn.waiter is not None and not turn.waiter.done():
+        _tell(turn.waiter, failure)
+
+
+def _tell(waiter: asyncio.Future[None], failure: NotRecorded | None) -> None:
     if failure is None:
-        turn.durable.set_result(None)
+        waiter.set_result(None)
     else:
-        turn.durable.set_exception(failure)
-        turn.durable.exception()  # marks it as seen: a waiter that has left must not make the loop complain
+        waiter.set_exception(failure)
+        waiter.exception()  # marks it as seen: a waiter that has left must not make the loop complain
 
 
 def _figures(turn: Turn) -> str:

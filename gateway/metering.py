@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 from gateway.auth import Caller
 from gateway.catalog import Route
+from gateway.ids import random_hex
 from gateway.store.text import clean
 from gateway.store.usage import Status, UsageRow
 from gateway.wire.chat import Usage
@@ -58,7 +58,7 @@ class Meter:
         spent = usage.input_tokens + usage.output_tokens
         cost = None if outcome.cost_unknown else 0 if not spent else price.cost(usage) if price is not None else None
         row = UsageRow(
-            id=f"use_{secrets.token_hex(16)}",
+            id=f"use_{random_hex()}",
             request_id=self._request_id,
             attempt=len(self.rows) + 1,
             created_at=self._at,

@@ -4,37 +4,29 @@ Rules:
 
 - A label is a name that the operator or an upstream has given: route, backend, model. Never a user, a key, a
   conversation, or a word that a client made up: model names that nobody configured or lists are `other`.
-- With several workers each keeps its numbers in files of a folder that they share, and whoever is asked adds them up.
-- The files of a worker bear the number of a place, which it holds by a lock as long as it lives. The next one to take
-  the place counts on from there. So totals never go down, and there are never more files than workers at one time.
-- Gauges of a place that nobody holds are dropped.
+- What is counted on the hot path is looked up once: a child of its metric for each set of labels.
+- prometheus_client is imported when the first `Metrics` is made, not before: see `metrics_files`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import glob
-import itertools
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
 
-from gateway.errors import ConfigError, NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.metrics_files import FOLDER, Files, prepare, worker_gone, write_into
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter, Gauge, Histogram, Metric
+    from prometheus_client import Counter, Gauge, Histogram
 
     from gateway.catalog import Catalog
     from gateway.ledger import Ledger
     from gateway.store.database import Database
     from gateway.store.usage import UsageRow
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The name is prometheus_client's, which looks for it as soon as it is imported: hence the imports in functions."""
+__all__ = ["Metrics", "prepare", "public_names", "worker_gone"]
 
 MOST_MODELS = 200
 OTHER = "other"
@@ -47,42 +39,16 @@ BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 500)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _STATUSES = ("ok", "error", "client_disconnected", "interrupted")
-_MEMORY = "/dev/shm"
-_FILE = re.compile(r"(counter|gauge|histogram)_.+\.db")
-
-
-def prepare(workers: int) -> None:
-    """Before workers are started, in the process that starts them: makes the folder that they share, which goes when
-    this process ends. A folder that the environment names is taken as it is. Raises ConfigError."""
-    given = os.environ.get(FOLDER)
-    try:
-        if given:
-            os.makedirs(given, mode=0o700, exist_ok=True)
-        elif workers > 1 and os.name == "posix":
-            in_memory = os.path.isdir(_MEMORY) and os.access(_MEMORY, os.W_OK | os.X_OK)
-            os.environ[FOLDER] = tempfile.mkdtemp(prefix="gateway-metrics-", dir=_MEMORY if in_memory else None)
-            atexit.register(_remove, os.environ[FOLDER], os.getpid())
-        else:
-            os.environ.pop(FOLDER, None)  # empty
-    except OSError as failure:
-        raise ConfigError(
-            [f"{FOLDER}: the workers need a folder for their metrics, and none can be made ({failure.strerror})"]
-        ) from None
-
-
-def worker_gone(pid: int) -> None:
-    """A worker has ended: its gauges go at once, its totals stay. Nobody has to call it, for whoever is asked next
-    sees to it by himself, whatever the pid."""
-    folder = os.environ.get(FOLDER)
-    if folder:
-        _forget_the_dead(folder)
 
 
 def public_names(catalog: Catalog, configured: Container[str]) -> Callable[[str], bool]:
-    """Is it a model name that the configuration has, or that a backend lists?"""
+    """Is it a model name that the configuration has, or that a backend lists (`backend/model` too)?"""
 
     def known(name: str) -> bool:
-        return name in configured or any(name in provider.listed for provider in catalog.providers)
+        return name in configured or any(
+            name in provider.listed or name.removeprefix(f"{provider.backend.name}/") in provider.listed
+            for provider in catalog.providers
+        )
 
     return known
 
@@ -96,7 +62,7 @@ class Metrics:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._folder = os.environ.get(FOLDER)
         if self._folder:
-            _write_into(self._folder)
+            write_into(self._folder)
         self._registry = prometheus_client.CollectorRegistry()
         self._is_public = is_public
         self._models: set[str] = set()
@@ -136,7 +102,7 @@ class Metrics:
 
         self._sample()
         encode, content_type = choose_encoder(accept)
-        source = _Files(self._folder) if self._folder else self._registry
+        source = Files(self._folder) if self._folder else self._registry
         async with self._one_at_a_time:
             return await asyncio.to_thread(encode, source), content_type
 
@@ -299,19 +265,6 @@ class _ModelMetrics:
             self._cost(row.cost_nanousd / 1e9)
 
 
-class _Files:
-    """The numbers of all workers, as a collector."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    def collect(self) -> Iterable[Metric]:
-        from prometheus_client.multiprocess import MultiProcessCollector
-
-        _forget_the_dead(self._folder)
-        return MultiProcessCollector.merge(_written(self._folder))  # type: ignore[no-any-return, no-untyped-call]
-
-
 def _reason(failure: UpstreamError) -> str:
     if failure.upstream_status == 429:
         return "rate_limited"
@@ -320,69 +273,3 @@ def _reason(failure: UpstreamError) -> str:
     if isinstance(failure, UpstreamTimeout):
         return "timeout"
     return "unreachable" if isinstance(failure, UpstreamUnreachable) else "broken"
-
-
-# --- the folder that workers share
-
-
-def _write_into(folder: str) -> None:
-    """From now on values are made in the files of a place of our own."""
-    from prometheus_client import values
-
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    place = _take_place(folder)
-    values.ValueClass = values.MultiProcessValue(lambda: place)  # type: ignore[no-untyped-call]
-
-
-def _take_place(folder: str) -> int:
-    """The first that nobody holds. It is held until this process ends, however it ends."""
-    from prometheus_client.multiprocess import mark_process_dead
-
-    for place in itertools.count():
-        if _lock(os.path.join(folder, f"{place}.lock")) is not None:
-            mark_process_dead(place, folder)  # type: ignore[no-untyped-call]
-            break
-    return place
-
-
-def _forget_the_dead(folder: str) -> None:
-    from prometheus_client.multiprocess import mark_process_dead
-
-    for file in glob.glob(os.path.join(glob.escape(folder), "*.lock")):
-        lock = _lock(file)
-        if lock is not None:
-            try:
-                mark_process_dead(os.path.basename(file).removesuffix(".lock"), folder)  # type: ignore[no-untyped-call]
-            finally:
-                os.close(lock)
-
-
-def _lock(file: str) -> int | None:
-    """An open file that nobody else has locked, or None."""
-    import fcntl
-
-    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _written(folder: str) -> list[str]:
-    """Without those that a worker has just made, or died over: the library cannot read an empty file."""
-    with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if _FILE.fullmatch(entry.name) and _size(entry)]
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # gauges of a worker that is gone
-        return 0
-
-
-def _remove(folder: str, maker: int) -> None:
-    if os.getpid() == maker:  # a forked worker has inherited the duty, not the right
-        shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,7 @@ from gateway.wire.operation import EMBEDDINGS, MODERATIONS, SPEECH, OperationReq
 MAX_REPLY = 64 << 20
 _COUNTED = frozenset({EMBEDDINGS, MODERATIONS})
 """Operations whose whole use is their input."""
+_BLANK_LINES = (b"\n\n", b"\n\r\n", b"\r\r")
 
 
 class OperationExchange(Call[OperationRequest]):
@@ -39,7 +40,8 @@ class OperationExchange(Call[OperationRequest]):
         self.length: int | None = None
         self.cost: float | None = None
         self._reply: OperationReply | None = None
-        self._held = b""
+        self._held = bytearray()
+        self._may_leave = 0
         self._usage: Usage | None = None
         self._events: sse.SSEDecoder | None = None
         self._ttft_ms: int | None = None
@@ -123,28 +125,37 @@ class OperationExchange(Call[OperationRequest]):
             if self._broken_off:
                 raise UpstreamError("The call was broken off.")
             piece = await self._reply.read()
+            leaving = self._hold(piece) if piece else b""
         except UpstreamError as failure:
             await self._end_early(failure)
         except Exception as failure:  # a backend's own mistake must not cost the call its row
             await self._end_early(backend_failed(failure))
         if piece:
-            return self._hold(piece)
+            return leaving
         self.ended = True
         row = self._row(await self._ended_outcome())
         await self._record(None, row)
-        return self._held
+        return bytes(self._held)
 
     def _hold(self, piece: bytes) -> bytes:
-        """Keeps the newest piece, lets the one before it go."""
+        """Keeps the newest piece, lets go what came before it: of events only whole ones, so that a comment or an error
+        can stand behind them. Raises UpstreamError."""
         self._look_for_usage(piece)
-        leaving, self._held = self._held, piece
+        leaving = bytes(self._held[: self._may_leave])
+        del self._held[: self._may_leave]
+        searched = max(0, len(self._held) - 2)
+        self._held += piece
+        self._may_leave = len(self._held) if self._events is None else _end_of_events(self._held, searched)
+        if len(self._held) > MAX_REPLY:
+            raise UpstreamError("The upstream sent an event that is too large.", log=f"event over {MAX_REPLY} bytes")
         return leaving
 
     def _look_for_usage(self, piece: bytes) -> None:
+        """In the events that the piece completes, or (no piece) in what is left of them."""
         if self._events is None:
             return
         try:
-            for payload in self._events.feed(piece):
+            for payload in self._events.feed(piece) if piece else self._events.flush():
                 if b'"usage"' in payload:
                     self._usage = Usage.read(loads(payload).get("usage")) or self._usage
         except (WireError, ValueError, AttributeError):
@@ -154,11 +165,12 @@ class OperationExchange(Call[OperationRequest]):
         self.ended = True
         outcome = await self._ended_outcome()
         if self.stopped is None:
-            outcome.status, outcome.finish_reason = "error", "error"
+            self._failed_midway(outcome, failure)
         await self._record(None, self._row(outcome))
         raise cut_short() if self.stopped == "interrupted" else failure
 
     async def _ended_outcome(self) -> Outcome:
+        self._look_for_usage(b"")
         outcome = await self._outcome(self._usage, [], None)
         outcome.ttft_ms = self._ttft_ms
         return outcome
@@ -172,6 +184,11 @@ class OperationExchange(Call[OperationRequest]):
         data, operation = self.job.request.data, self.job.request.operation
         texts, tokens = take_apart(data.get("input")) if operation in (*_COUNTED, SPEECH) else ([], 0)
         return Usage(input_tokens=tokens + await self._relay.counter.text(self._counted_model, texts))
+
+
+def _end_of_events(text: bytearray, start: int) -> int:
+    """Where the last blank line from `start` on ends; 0: there is none."""
+    return max((at + len(mark) for mark in _BLANK_LINES if (at := text.rfind(mark, start)) >= 0), default=0)
 
 
 async def _pieces(reply: OperationReply) -> Any:

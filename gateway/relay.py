@@ -10,14 +10,14 @@ from gateway.backends.base import ChunkStream
 from gateway.call import Call, Job, Relay, Reply, backend_failed, cut_short
 from gateway.catalog import Route
 from gateway.errors import GatewayError, UpstreamError
-from gateway.metering import Outcome, milliseconds_since, timings
+from gateway.metering import Outcome, milliseconds_since, timings, told_tier
 from gateway.pricing import usd
 from gateway.store.usage import UsageRow
-from gateway.wire import WireError, splice
+from gateway.wire import WireError, repair, splice
 from gateway.wire.chat import ChatRequest, Chunk, Completion, CompletionRequest, Message, Usage, take_apart, text_of
-from gateway.wire.failures import streamed_error
+from gateway.wire.failures import StreamedError, streamed_error
 from gateway.wire.jsontext import dumps
-from gateway.wire.stream import ChatStream, StreamedError
+from gateway.wire.stream import ChatStream
 
 DRAIN_CHARACTERS = 4 * 2000
 
@@ -37,7 +37,11 @@ class Exchange(Call[ChatRequest]):
             return await self._record_completion(completion)
 
     async def _complete_once(self, route: Route, request: ChatRequest) -> Completion:
-        return await route.backend.complete(request)
+        completion = await route.backend.complete(request)
+        try:
+            return repair.completion(completion, model=route.upstream_model, at=self.job.at // 1000)
+        except StreamedError as failure:
+            raise streamed_error(failure.error) from None
 
     async def _estimate(self, answers: list[Message]) -> Usage:
         request, count = self.job.request, self._relay.counter
@@ -53,6 +57,7 @@ class Exchange(Call[ChatRequest]):
         answers: list[Message] = [_message(choice) for choice in choices]
         reason = choices[0].get("finish_reason") if choices else None
         outcome = await self._outcome(Usage.read(completion.data.get("usage")), answers, reason)
+        outcome.service_tier = told_tier(completion.data.get("service_tier"), self.job.request.data.get("service_tier"))
         row = self._row(outcome)
         await self._record(answers[0] if answers else None, row)
         return Reply(self._reply_body(completion, outcome, row), usd(row.cost_nanousd))
@@ -119,7 +124,13 @@ class StreamExchange(Exchange):
             self._closing = asyncio.ensure_future(self._stream.close())
 
     async def _open_once(self, route: Route, request: ChatRequest) -> bytes:
-        self._editor = ChatStream(wants_usage=self.job.wants_usage)
+        job = self.job
+        self._editor = ChatStream(
+            wants_usage=job.wants_usage,
+            operation=job.request.operation,
+            model=route.upstream_model,
+            at=job.at // 1000,
+        )
         stream = await route.backend.stream(request)
         try:
             chunks = await stream.read()
@@ -180,7 +191,7 @@ class StreamExchange(Exchange):
         self.ended = True
         outcome = await self._stream_outcome()
         if self.stopped is None:
-            outcome.status, outcome.finish_reason = "error", "error"
+            self._failed_midway(outcome, failure)
         row = self._row(outcome)
         await self._record(self._partial_answer(), row)
         if self.stopped == "interrupted":
@@ -199,6 +210,7 @@ class StreamExchange(Exchange):
     async def _stream_outcome(self) -> Outcome:
         answers = [self._editor.answer.message(index) for index in self._editor.answer.indexes]
         outcome = await self._outcome(self._editor.usage, answers, self._editor.finish_reason)
+        outcome.service_tier = told_tier(self._editor.service_tier, self.job.request.data.get("service_tier"))
         outcome.ttft_ms = self._ttft_ms
         return outcome
 

@@ -65,11 +65,20 @@ def header_value(text: str) -> bytes:
 
 async def drive(exchange: Exchange, receive: Receive) -> Reply:
     """A whole reply, while watching whether the client is still there. Raises GatewayError."""
-    watcher = asyncio.create_task(_tell_when_gone(receive, exchange.client_left))
+    forget = when_gone(receive, exchange.client_left)
     try:
         return await exchange.complete()
     finally:
-        watcher.cancel()
+        forget()
+
+
+def when_gone(receive: Receive, gone: Callable[[], None]) -> Callable[[], object]:
+    """Has `gone` called once if the client leaves; gives what revokes that. For who has read the request's body.
+
+    Our own server's `receive` has a method for it. Another's, or one that somebody has wrapped, takes a task.
+    """
+    offered: Callable[[Callable[[], None]], Callable[[], object]] | None = getattr(receive, "when_gone", None)
+    return offered(gone) if offered is not None else asyncio.create_task(_tell_when_gone(receive, gone)).cancel
 
 
 async def _tell_when_gone(receive: Receive, gone: Callable[[], None]) -> None:
@@ -107,17 +116,18 @@ class StreamResponse:
         self._last_sent = 0.0
         self._ping_timer: asyncio.TimerHandle | None = None
         self._ping: asyncio.Task[None] | None = None
+        self._early_start: asyncio.Task[None] | None = None
         self._cut: asyncio.Task[GatewayError] | None = None
 
     async def __call__(self, receive: Receive, send: Send) -> None:
         self._send = send
-        watcher = asyncio.create_task(_tell_when_gone(receive, self._client_left))
+        forget = when_gone(receive, self._client_left)
         try:
             with self._drain.entered(self._interrupt):
-                await self._run()
+                await self._loop.create_task(self._run())  # each chunk then wakes this alone, not all who called us
         finally:
             self._done = True
-            watcher.cancel()
+            forget()
             if self._ping_timer is not None:
                 self._ping_timer.cancel()
 
@@ -140,16 +150,20 @@ class StreamResponse:
 
     async def _open(self) -> bytes:
         """Waits for the first chunk; when that takes too long, the status goes out before it."""
-        opening = asyncio.ensure_future(self._exchange.open())
+        timer = None
+        if self._first_chunk_wait is not None:
+            timer = self._loop.call_later(self._first_chunk_wait, self._start_early)
         try:
-            done, _ = await asyncio.wait({opening}, timeout=self._first_chunk_wait)
-            if not done:
-                self._exchange.status_sent()
-                await self._start()
-            return await opening
-        except asyncio.CancelledError:
-            opening.cancel()
-            raise
+            return await self._exchange.open()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._early_start is not None:
+                await self._early_start
+
+    def _start_early(self) -> None:
+        self._exchange.status_sent()
+        self._early_start = asyncio.ensure_future(self._start())
 
     async def _start(self) -> None:
         if self._started or self._gone:
@@ -172,8 +186,8 @@ class StreamResponse:
         self._last_sent = self._loop.time()
 
     async def _fail(self, failure: GatewayError) -> None:
-        """One error event, if it is a stream of events; then the reply is left open, so that the server closes it without
-        the last HTTP chunk."""
+        """One error event, if it is a stream of events; then the reply is left open, so that the server closes it
+        without the last HTTP chunk."""
         self._done = True
         log.warning("stream failed: %s", failure.log or failure.message)
         if self._exchange.is_event_stream:

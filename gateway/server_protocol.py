@@ -15,7 +15,6 @@ Rules:
 * While requests are queued behind a running one, nothing is read. A connection holds at most one read of them.
 * An offer to upgrade (h2c, websocket) is declined by answering in HTTP/1.1, as RFC 9110 section 7.8 has it.
 * Trailer fields are refused: the parser would add them to the headers that the application has already judged.
-* An application that returns before the end of its answer means it: what it wrote is sent, the closing chunk is not.
 
 Not nice, and so by nature: a client that closes its socket looks like one that only shut its sending side, until it
 resets what we write. So after an end of file the answer goes on, and `http.disconnect` comes once a chunk (or a ping)
@@ -26,11 +25,7 @@ forgotten the connection and resets a keep-alive probe: a good minute on Linux. 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import secrets
-import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -38,114 +33,25 @@ from typing import Any
 from urllib.parse import unquote
 
 import httptools
-from uvicorn._types import ASGI3Application, ASGISendEvent
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
+
+from gateway.server_cycle import GatewayCycle
+from gateway.server_deadlines import TCP_CLOSED, IdleDeadline, WriteDeadline, tcp_progress
+from gateway.server_flow import GatewayFlow, Outlet
+from gateway.server_head import Refusal, check_head, head_too_large, head_without_upgrade, refused
 
 __all__ = ["GatewayProtocol"]
 
 logger = logging.getLogger(__name__)
 
-Queue = deque[tuple[RequestResponseCycle, ASGI3Application]]
-
-TCP_CLOSED = 7  # TCP_CLOSE in <netinet/tcp.h>
-
-
-class Refusal(Exception):
-    """The connection's own answer to a request that never reaches the application."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-
-
-class GatewayFlow(FlowControl):
-    """Reads on only when no request is queued, and remembers since when."""
-
-    def __init__(self, transport: asyncio.Transport, queued: Queue) -> None:
-        super().__init__(transport)
-        self._queued = queued
-        self.resumed_at = 0.0
-
-    def resume_reading(self) -> None:
-        if self.read_paused and not self._queued:
-            super().resume_reading()
-            self.resumed_at = time.monotonic()
-
-
-class Outlet:
-    """What a cycle sees of the transport: it writes straight to the socket, but the protocol decides how to close."""
-
-    __slots__ = ("close", "is_closing", "write")
-
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
-        self.is_closing = transport.is_closing
-        self.close = close
-
-
-class GatewayCycle(RequestResponseCycle):
-    """One request and its answer. Differs from uvicorn's in how it ends."""
-
-    _until_close = False
-
-    async def run_asgi(self, app: ASGI3Application) -> None:
-        try:
-            old = self.scope["http_version"] == "1.0"
-            await app(self.scope, self.receive, self._send_unframed if old else self.send)
-        except asyncio.CancelledError:  # the drain is over; nobody waits for this task, so it may end quietly
-            await self._fail(503, "service_unavailable_error", "unavailable", "The gateway is shutting down.")
-        except Exception:
-            logger.exception("The application failed")
-            await self._fail(500, "server_error", None, "The gateway failed while it processed the request.")
-        else:
-            if not self.response_started and not self.disconnected:
-                logger.error("The application returned without an answer")
-            await self._fail(500, "server_error", None, "The gateway had no answer to the request.")
-        finally:
-            self.on_response = lambda: None
-
-    async def _send_unframed(self, message: ASGISendEvent) -> None:
-        """For HTTP/1.0, which knows no chunks: a body without a length ends with the connection."""
-        if message["type"] == "http.response.start":
-            told = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
-            self.chunked_encoding = None if told else False
-            self._until_close = not told
-        elif message["type"] == "http.response.body" and self._until_close:
-            self.expected_content_length = len(message.get("body", b""))
-        await self.send(message)
-
-    async def _fail(self, status: int, kind: str, code: str | None, message: str) -> None:
-        """Ends an answer that the application left unfinished; does nothing after a finished one."""
-        if self.response_complete or self.disconnected:
-            return
-        if self.response_started:
-            self.transport.close()
-            return
-        body = error_body(message, kind, code)
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        headers.append((b"connection", b"close"))
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
-
-    @property
-    def keep_alive(self) -> bool:
-        """uvicorn asks when the answer begins and when it ends. A body that was not waited for ends the connection."""
-        if self.more_body:
-            self._keep_alive = False
-        return self._keep_alive
-
-    @keep_alive.setter
-    def keep_alive(self, keep_alive: bool) -> None:
-        self._keep_alive = keep_alive
-
 
 class GatewayProtocol(HttpToolsProtocol):
     flow: GatewayFlow
+    cycle: GatewayCycle  # type: ignore[assignment]  # our own, see server_cycle
+    pipeline: deque[tuple[GatewayCycle, ASGI3Application]]  # type: ignore[assignment]  # the same
 
     max_head = 64 * 1024
     max_headers = 200
@@ -169,7 +75,7 @@ class GatewayProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._running: RequestResponseCycle | None = None  # whose application runs; `cycle` is the one being received
+        self._running: GatewayCycle | None = None  # whose application runs; `cycle` is the one being received
         self._in_body = False
         self._undelivered = 0  # bytes since the parser last finished a request or handed out a piece of a body
         self._to_discard: int | None = None  # once set, what arrives is dropped, and read up to this many bytes
@@ -180,8 +86,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._last_byte = 0.0
         self._expected: str | None = None
         self._input_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
-        self._write_progress: tuple[int, int] = (0, 0)
+        self._idle = IdleDeadline(self.loop, self.timeout_keep_alive, self._close)
 
     # -- the life of the connection ------------------------------------------------------------------------------
 
@@ -189,18 +94,23 @@ class GatewayProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = GatewayFlow(transport, self.pipeline)
         self._outlet = Outlet(transport, self._leave)
+        self._write_deadline = WriteDeadline(transport, self.loop, self.write_seconds)
         transport.set_write_buffer_limits(high=self.write_buffer)
         self._expect("head", self.head_seconds, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
-        self._unset_keepalive_if_required()
-        self._stop_write_timer()
+        self._idle.stop()
+        self._write_deadline.stop()
         queued = [cycle for cycle, _ in self.pipeline]
-        for cycle in (self._running, *queued):  # uvicorn tells the last one only
+        for cycle in (self._running, *queued, self.cycle):  # the last one may be refused and in neither
             if cycle is not None:
-                _disconnect(cycle)
-        super().connection_lost(exc)
+                cycle.disconnect()
+        self._outlet.let_go()
+        self.connections.discard(self)
+        self.flow.resume_writing()  # whoever waits to write learns that there is nobody
+        self.transport.close()
+        self.parser = None  # type: ignore[assignment]  # it refers to us
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn never keeps a half-closed connection
         """True: the transport stays open, and whatever has to be closed was closed here."""
@@ -242,9 +152,6 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             self._close()
 
-    def timeout_keep_alive_handler(self) -> None:
-        self._close()
-
     def _is_answering(self) -> bool:
         running = self._running
         return running is not None and not (running.response_complete or running.disconnected)
@@ -276,10 +183,10 @@ class GatewayProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         self._leaving = True
         self._expect_nothing()
-        self._unset_keepalive_if_required()
+        self._idle.stop()
         self.transport.close()
         if self.transport.get_write_buffer_size():
-            self._start_write_timer()
+            self._write_deadline.start()
 
     # -- bytes in ------------------------------------------------------------------------------------------------
 
@@ -289,8 +196,7 @@ class GatewayProtocol(HttpToolsProtocol):
             if self._to_discard <= 0:
                 self.flow.pause_reading()
             return
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
+        self._idle.end()
         self._undelivered += len(data)
         try:
             self._feed(data)
@@ -314,17 +220,10 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _head_without_upgrade(self) -> bytes:
         """Replaces the parser, which takes what follows an upgrade as another protocol's, by one that does not."""
-        version = self.parser.get_http_version().encode()
-        head = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
-        for name, value in self.headers:
-            if name == b"connection":
-                tokens = [token.strip() for token in value.lower().split(b",")]
-                value = b", ".join(token for token in tokens if token not in (b"upgrade", b"http2-settings"))
-            if name not in (b"upgrade", b"http2-settings"):
-                head.append(b"%s: %s\r\n" % (name, value))
+        parser = self.parser
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return b"".join([*head, b"\r\n"])
+        return head_without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
 
     def on_message_begin(self) -> None:
         self._undelivered = self._undelivered or 1  # the rest of a read that completed the request before
@@ -340,11 +239,14 @@ class GatewayProtocol(HttpToolsProtocol):
             raise Refusal(400, "malformed_request", "Trailer fields are not accepted.")
         if len(self.headers) >= self.max_headers:
             raise Refusal(431, "headers_too_large", f"The request has more than {self.max_headers} headers.")
-        HttpToolsProtocol.on_header(self, name, value)  # super() costs more than all of this
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         method, version = self.parser.get_method(), self.parser.get_http_version()
-        self._check_head(method, version)
+        check_head(method, self.url, version, self.headers, self.max_head)
         if self.parser.should_upgrade():
             return  # comes again, see _head_without_upgrade
         if len(self.pipeline) >= self.max_pipelined:
@@ -364,55 +266,37 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             self._start_asgi_task(self.cycle, self.app)
 
-    def _new_cycle(self, version: str) -> RequestResponseCycle:
+    def _new_cycle(self, version: str) -> GatewayCycle:
         return GatewayCycle(
-            scope=self.scope,
-            transport=self._outlet,  # type: ignore[arg-type]  # it has what a cycle uses of a transport
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=self.access_log,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
+            self.scope,
+            self._outlet,
+            self.flow,
+            self.loop,
+            self.server_state.default_headers,
+            self.on_response_complete,
             expect_100_continue=self.expect_100_continue,
             keep_alive=version == "1.1" and not self._draining and self.parser.should_keep_alive(),
-            on_response=self.on_response_complete,
         )
-
-    def _check_head(self, method: bytes, version: str) -> None:
-        """What the parser lets pass and two readers of the same bytes could understand differently."""
-        hosts = 0
-        size = len(method) + len(self.url) + len("  HTTP/1.1\r\n\r\n")
-        for name, value in self.headers:
-            size += len(name) + len(value) + 4
-            if name == b"host":
-                hosts += 1
-            elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version != "1.1"):
-                raise Refusal(400, "malformed_request", "The transfer encoding is not supported.")
-        if size > self.max_head:
-            raise self._head_too_large()
-        if version not in ("1.1", "1.0") or method == b"CONNECT":
-            raise Refusal(400, "malformed_request", "Only HTTP/1.1 requests to this server are answered.")
-        if hosts > 1 or (hosts == 0 and version == "1.1"):
-            raise Refusal(400, "malformed_request", "The request must have exactly one Host header.")
 
     def on_body(self, body: bytes) -> None:
         self._undelivered = 0
-        super().on_body(body)
+        if not self.cycle.response_complete:
+            self.cycle.body_arrived(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
         self._undelivered = 0
         self._in_body = False
-        super().on_message_complete()
+        if not self.cycle.response_complete:
+            self.cycle.body_ended()
 
     # -- deadlines and refusals ----------------------------------------------------------------------------------
 
     def _watch_input(self) -> None:
         """Looks at what the parser has not delivered yet: its size, and what has to come next in time."""
         if self._undelivered > self.max_head:
-            self._refuse(self._head_too_large())
+            self._refuse(head_too_large(self.max_head))
         elif self._in_body:
             self._last_byte = time.monotonic()
             if self._expected != "body":
@@ -451,13 +335,10 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _watch_peer(self) -> None:
         """After its end of file only a reset can tell that the client is gone, and no read reports it."""
-        if _tcp_progress(self.transport)[0] == TCP_CLOSED:
+        if tcp_progress(self.transport)[0] == TCP_CLOSED:
             self.transport.abort()
         else:
             self._expect("reset", self.peer_check_seconds, self._watch_peer)
-
-    def _head_too_large(self) -> Refusal:
-        return Refusal(431, "headers_too_large", f"The request's head is larger than {self.max_head} bytes.")
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answers a request that will not reach the application, after the answers that are due, and leaves."""
@@ -467,17 +348,12 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._in_body and self.pipeline:
             self.pipeline.popleft()  # not started yet
         elif self._in_body:
-            begun = self.cycle.response_started
-            _disconnect(self.cycle)
-            if begun:
+            self.cycle.send_head()
+            self.cycle.disconnect()
+            if self.cycle.response_started:
                 self._leave()
                 return
-        body = error_body(refusal.message, "invalid_request_error", refusal.code)
-        headers = [*self.server_state.default_headers, (b"content-type", b"application/json")]
-        headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-        headers.append((b"x-request-id", b"req_" + secrets.token_hex(16).encode()))
-        lines = [b"%s: %s\r\n" % header for header in headers]
-        self._last_words = b"".join([STATUS_LINE[refusal.status], *lines, b"\r\n", body])
+        self._last_words = refused(refusal, self.server_state.default_headers)
         if not self._is_answering():
             self._say_last_words()
         elif self._half_closed:
@@ -490,69 +366,35 @@ class GatewayProtocol(HttpToolsProtocol):
 
     # -- answers -------------------------------------------------------------------------------------------------
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+    def _start_asgi_task(self, cycle: GatewayCycle, app: ASGI3Application) -> None:  # type: ignore[override]  # ours
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
         if self._leaving:
             return
         if self._last_words is not None and not self.pipeline:
             self._say_last_words()
         elif self._in_body and not self.pipeline:
             self._leave()  # answered without waiting for the body, so what comes next is not a request
-        else:
-            super().on_response_complete()
-            if self._undelivered:
-                self._unset_keepalive_if_required()  # not idle: the head that is half here has its own deadline
+        elif not self.transport.is_closing():
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif not self._undelivered:  # else not idle: the head that is half here has its own deadline
+            self._idle.begin()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_write_timer()
+        self._write_deadline.start()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if not self.transport.is_closing():  # what a closing transport still holds stays on the clock
-            self._stop_write_timer()
-
-    def _start_write_timer(self) -> None:
-        self._stop_write_timer()
-        self._write_progress = self._progress()
-        self._write_timer = self.loop.call_later(self.write_seconds, self._write_is_late)
-
-    def _stop_write_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-
-    def _write_is_late(self) -> None:
-        if self._progress() != self._write_progress:
-            self._start_write_timer()  # slow, but reading
-        else:
-            logger.info("A client read nothing for %g s; its connection is closed", self.write_seconds)
-            self.transport.abort()
-
-    def _progress(self) -> tuple[int, int]:
-        return self.transport.get_write_buffer_size(), _tcp_progress(self.transport)[1]
-
-
-def _disconnect(cycle: RequestResponseCycle) -> None:
-    if not cycle.response_complete:
-        cycle.disconnected = True
-        cycle.message_event.set()
-
-
-def _tcp_progress(transport: asyncio.Transport) -> tuple[int, int]:
-    """The connection's TCP state and how many of our bytes the peer has acknowledged; zeros where not known."""
-    if not hasattr(socket, "TCP_INFO"):
-        return 0, 0
-    try:
-        # struct tcp_info of Linux: the state is its first byte, tcpi_bytes_acked lies at 120.
-        info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-    except OSError:
-        return 0, 0
-    return info[0], struct.unpack_from("=Q", info, 120)[0] if len(info) >= 128 else 0
-
-
-def error_body(message: str, kind: str, code: str | None) -> bytes:
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+            self._write_deadline.stop()

@@ -15,8 +15,10 @@ from gateway import catalog as catalogs
 from gateway.backends.base import ModelInfo
 from gateway.backends.scripted import ScriptedBackend
 from gateway.catalog import CREATED, Catalog, Model, Provider, Route
-from gateway.errors import ModelNotFound, UpstreamError
+from gateway.errors import ModelNotFound, NeverSent, NotFound, UpstreamError
+from gateway.price_table import PriceTable
 from gateway.pricing import Price
+from gateway.wire.operation import CHAT, EMBEDDINGS, SPEECH
 from tests_standalone.conftest import eventually
 
 PRICE = Price(1, 2)
@@ -45,6 +47,15 @@ class Listing(ScriptedBackend):
 
     async def aclose(self) -> None:
         self.closed = True
+
+
+class Embedding(ScriptedBackend):
+    """A backend that does more than chat."""
+
+    operations = frozenset({CHAT, EMBEDDINGS})
+
+    async def operate(self, request: object) -> Any:
+        raise NotImplementedError
 
 
 @asynccontextmanager
@@ -225,6 +236,176 @@ async def test_weights_decide_which_route_is_first() -> None:
     assert 1600 < first["often"] < 1960
 
 
+OPERATOR = Provider(Embedding("operator"), static=True)
+
+
+async def test_only_routes_that_can_do_it_are_tried() -> None:
+    found = model("m", ONE.route("x"), OPERATOR.route("y"), fallbacks=["spare"])
+    spare = model("spare", ONE.route("z"), OPERATOR.route("z"))
+    async with running({"one": ONE, "operator": OPERATOR}, found, spare) as catalog:
+        assert [route.upstream_model for _, route in catalog.attempts(found, EMBEDDINGS)] == ["y", "z"]
+        assert len(catalog.attempts(found)) == 4
+
+
+async def test_an_operation_that_no_route_can_do() -> None:
+    found = model("m", ONE.route("x"), OPERATOR.route("y"))
+    async with running({"one": ONE, "operator": OPERATOR}, found) as catalog:
+        with pytest.raises(NotFound, match="The model 'm' has no backend that answers /v1/audio/speech") as caught:
+            catalog.attempts(found, SPEECH)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (404, "not_found", "model")
+
+
+def cooling(retry_after: float = 30) -> UpstreamError:
+    failure = UpstreamError("Too much.", status=429, upstream_status=429)
+    failure.retry_after = retry_after
+    return failure
+
+
+async def test_routes_that_cool_down_come_after_all_others_the_first_to_recover_first() -> None:
+    provider = fixed("b")
+    spare = model("spare", provider.route("c"), provider.route("d"))
+    found = model("m", provider.route("a", weight=1000), provider.route("b", weight=1000), fallbacks=["spare"])
+    found.routes[0].health.failed(cooling(50))
+    found.routes[1].health.failed(cooling(40))
+    spare.routes[0].health.failed(cooling(30))
+    async with running({"b": provider}, found, spare) as catalog:
+        orders = [[(name, route.upstream_model) for name, route in catalog.attempts(found)] for _ in range(20)]
+    assert orders == [[("spare", "d"), ("spare", "c"), ("m", "b"), ("m", "a")]] * 20
+
+
+async def test_the_last_route_is_tried_though_it_cools() -> None:
+    found = model("m", fixed("b").route("a"))
+    found.routes[0].health.failed(cooling())
+    async with running({}, found) as catalog:
+        assert [name for name, _ in catalog.attempts(found)] == ["m"]
+
+
+async def test_a_route_that_has_recovered_is_drawn_by_its_weight_again() -> None:
+    provider = fixed("b")
+    found = model("m", provider.route("often", weight=99), provider.route("seldom", weight=1))
+    async with running({"b": provider}, found) as catalog:
+        found.routes[0].health.failed(cooling())
+        assert {catalog.attempts(found)[0][1].upstream_model for _ in range(50)} == {"seldom"}
+        found.routes[0].health.answered()
+        first = Counter(catalog.attempts(found)[0][1].upstream_model for _ in range(1000))
+    assert first["often"] > 900
+
+
+# Health
+
+
+async def test_all_names_of_an_upstream_model_share_its_health() -> None:
+    provider = fixed("b", "m")
+    async with running({"b": provider}, model("mine", provider.route("m")), default_backend="b") as catalog:
+        (configured,), (listed,), (outright,) = [(await catalog.resolve(name)).routes for name in ("mine", "m", "b/m")]
+        configured.health.failed(cooling())
+        assert listed.health.cooling
+        assert outright.health.cooling
+        assert not (await catalog.resolve("other")).routes[0].health.cooling
+
+
+async def test_names_that_clients_make_up_are_forgotten_those_of_the_settings_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalogs, "MOST_HEALTHS", 3)
+    provider = fixed("b")
+    async with running({"b": provider}, model("mine", provider.route("m")), default_backend="b") as catalog:
+        (mine,) = (await catalog.resolve("mine")).routes
+        for number in range(10):
+            await catalog.resolve(f"made-up-{number}")
+        assert list(provider.health) == ["m", "made-up-7", "made-up-8", "made-up-9"]
+        assert (await catalog.resolve("b/m")).routes[0].health is mine.health
+
+
+async def test_a_name_as_long_as_a_body_is_nobodys_and_kept_nowhere() -> None:
+    provider = fixed("b")
+    async with running({"b": provider}, default_backend="b") as catalog:
+        for name in ("x" * 501, "b/" + "x" * 499):
+            with pytest.raises(ModelNotFound, match="at most 500 characters"):
+                await catalog.resolve(name)
+            with pytest.raises(ModelNotFound):
+                catalog.describe(name)
+        assert not provider.health
+        assert (await catalog.resolve("x" * 500)).name == "x" * 500
+
+
+async def test_the_status_of_a_backend() -> None:
+    backend = Listing("up")
+    provider = Provider(backend)
+    async with running({"up": provider}) as catalog:
+        assert provider.status == "unknown"
+        backend.answer(["a", "b"])
+        await eventually(lambda: _has(catalog, "a"))
+        assert provider.status == "ok"
+        a, b = provider.route("a").health, provider.route("b").health
+        a.failed(cooling())
+        assert provider.status == "cooling", "b was never used"
+        b.answered()
+        assert provider.status == "ok"
+        b.failed(cooling())
+        assert provider.status == "cooling"
+        a.answered()
+        assert provider.status == "ok"
+
+
+async def test_a_backend_that_does_not_list_its_models_is_failing() -> None:
+    provider = Provider(Listing("up", UpstreamError("The upstream failed.")))
+    async with running({"up": provider}) as catalog:
+        await eventually(lambda: _is(provider, "failing"))
+        assert catalog.health == "down"
+
+
+async def test_the_health_of_all_backends() -> None:
+    failing = Provider(Listing("up", UpstreamError("The upstream failed.")))
+    async with running({"up": failing, "one": ONE}) as catalog:
+        assert catalog.health == "ok"
+        await eventually(lambda: _is(failing, "failing"))
+        assert catalog.health == "degraded"
+        assert {provider.backend.name for provider in catalog.providers} == {"up", "one"}
+
+
+# Prices that are looked up
+
+BIG = {"id": "big", "equals": ["big"], "price": {"input": 1_000_000, "output": 2_000_000}}
+TABLE = PriceTable({"made_on": "2026-01-01", "source": "a test", "vendors": {"acme": {"models": [BIG]}}})
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "known"),
+    [
+        ({"vendor": "acme"}, "big", True),
+        ({"vendor": "acme"}, "small", False),
+        ({"vendor": "nobody"}, "big", False),
+        ({"vendor": None}, "big", False),
+        ({"vendor": "acme", "table": None}, "big", False),
+    ],
+)
+def test_a_price_that_the_settings_do_not_say_is_looked_up(options: dict[str, Any], name: str, known: bool) -> None:
+    route = fixed("b", **{"table": TABLE, **options}).route(name)
+    assert (route.price is not None) is known
+    assert route.price is None or route.price.at(0) == Price(1_000_000, 2_000_000)
+    assert route.on_disconnect == ("drain" if known else "cancel")
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "price"),
+    [({"prices": {"big": PRICE}}, None, PRICE), ({}, Price(7, 8), Price(7, 8)), ({"free": True}, None, Price(0, 0))],
+)
+def test_what_the_settings_say_comes_before_it(options: dict[str, Any], given: Price | None, price: Price) -> None:
+    assert fixed("b", vendor="acme", table=TABLE, **options).route("big", given).price == price
+
+
+def test_looked_up_prices_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogs, "MOST_PRICES", 3)
+    provider = fixed("b", vendor="acme", table=TABLE)
+    found = provider.route("big").price
+    assert provider.route("big").price is found
+    for number in range(10):
+        assert provider.route(f"made-up-{number}").price is None
+        assert len(provider.looked_up) <= 3
+    assert provider.route("big").price is not None
+
+
 # Lists
 
 
@@ -341,9 +522,29 @@ async def test_closing_ends_the_asking_and_closes_the_backends() -> None:
     assert backend.closed
 
 
+async def test_closing_ends_the_asking_that_has_no_connection_yet() -> None:
+    class Connecting(ScriptedBackend):
+        """Its connection is never made; it says so when it is cancelled."""
+
+        async def models(self) -> Sequence[ModelInfo]:
+            try:
+                return await asyncio.Event().wait()  # type: ignore[return-value] # it never returns
+            except asyncio.CancelledError:
+                raise NeverSent("The call was ended before it was sent.") from None
+
+    catalog = Catalog({"up": Provider(Connecting("up"))})
+    catalog.start()
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(catalog.aclose(), 10)
+
+
 async def _has(catalog: Catalog, name: str) -> bool:
     return name in [info.id for info in catalog.listed()]
 
 
 async def _asked(backend: Listing, times: int) -> bool:
     return backend.asked >= times
+
+
+async def _is(provider: Provider, status: str) -> bool:
+    return provider.status == status

@@ -21,8 +21,9 @@ HTTP = ("backends.base", "backends.http", "backends.floats", "backends.adapt")
 DIALECTS = ("api.common",)
 NOUNS = ("store.conversations", "store.files", "store.keys", "store.sessions", "store.text", "store.usage")
 CORE = (
-    *("admission", "attachments", "auth", "budgets", "call", "catalog", "conversations", "drain", "health", "ledger"),
-    *("limits", "metering", "metrics", "operations", "price_table", "pricing", "relay", "tokens"),
+    *("admission", "attachments", "auth", "budgets", "call", "catalog", "conversations", "drain", "health", "ids"),
+    *("ledger", "limits", "metering", "metrics", "metrics_files", "operations", "price_table", "pricing", "relay"),
+    "tokens",
 )
 WEB = ("middleware", "responses")
 WIRE = ("wire", "wire.*")
@@ -62,9 +63,13 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "backends.*": ("errors", *WIRE, *HTTP),
     "blobs.*": ("errors",),
     "extract.*": ("errors", "extract.*"),
-    "server": ("server_protocol",),
-    "server_protocol": (),
+    "server": (),
+    "server_protocol": ("server_cycle", "server_deadlines", "server_flow", "server_head"),
+    "server_cycle": ("server_flow", "server_head"),
+    "server_*": (),
     "supervisor": ("server",),
+    "gunicorn_worker": ("errors", "server", "serving"),
+    "gunicorn_config": ("*",),
     "serving": ("errors", "server", "server_protocol", "supervisor"),
     "middleware": ("errors", "responses", *WIRE),
     "responses": ("errors", *WIRE, *CORE),
@@ -146,7 +151,7 @@ def test_only_compose_app_and_the_command_line_know_vendors_drivers_and_app() ->
     vendors = {"backends.openai", "backends.azure", "backends.ollama", "backends.scripted"}
     assert {module for name in vendors for module in known_to(name)} == {"compose", "backends.azure"}
     assert known_to("store.postgres") == known_to("store.sqlite") == {"store.connect"}
-    assert {module.partition(".")[0] for module in known_to("compose")} == {"app", "cli"}
+    assert {module.partition(".")[0] for module in known_to("compose")} == {"app", "cli", "gunicorn_config"}
     assert {module.partition(".")[0] for module in known_to("app")} == {"cli"}
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import logging
+import subprocess
 import sys
 import unicodedata
 from typing import Any
@@ -13,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import logs
-from gateway.logs import JSONFormatter, TextFormatter
+from gateway.logs import GatheringHandler, JSONFormatter, TextFormatter
 
 pytestmark = pytest.mark.usefixtures("own_logging")
 
@@ -150,3 +153,114 @@ def test_the_server_says_only_what_is_wrong(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert "Invalid request" in shown
+
+
+# when lines leave
+
+
+class Writes(io.StringIO):
+    """A stream that remembers each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.all.append(text)
+        return super().write(text)
+
+
+def gathering() -> tuple[logging.Logger, Writes]:
+    stream = Writes()
+    handler = GatheringHandler(stream)
+    handler.setFormatter(TextFormatter())
+    log = logging.Logger("test")
+    log.addHandler(handler)
+    return log, stream
+
+
+def words(text: str) -> list[str]:
+    return [line.split()[-1] for line in text.splitlines()]
+
+
+async def test_lines_leave_together_in_their_order() -> None:
+    log, stream = gathering()
+    for number in range(3):
+        log.info("%d", number)
+    assert stream.all == []
+    while not stream.all:
+        await asyncio.sleep(0.01)
+    assert words(stream.all[0]) == ["0", "1", "2"]
+    log.info("3")
+    while len(stream.all) < 2:
+        await asyncio.sleep(0.01)
+    assert words(stream.all[1]) == ["3"]
+
+
+async def test_a_warning_leaves_at_once_and_takes_along_what_waits() -> None:
+    log, stream = gathering()
+    log.info("first")
+    log.warning("second")
+    assert [words(text) for text in stream.all] == [["first", "second"]]
+
+
+async def test_no_write_is_larger_than_what_the_kernel_takes_as_one() -> None:
+    log, stream = gathering()
+    for number in range(200):
+        log.info("🙂 %s %d", "é" * 50, number)
+    log.warning("the end")
+    assert words("".join(stream.all)) == [*map(str, range(200)), "end"]
+    assert max(len(text.encode()) for text in stream.all) <= logs.WRITE_BYTES
+    assert len(stream.all) < 100
+
+
+async def test_a_line_that_is_longer_than_that_leaves_alone_and_whole() -> None:
+    log, stream = gathering()
+    log.info("before")
+    log.info("x" * 2 * logs.WRITE_BYTES)
+    log.info("after")
+    log.warning("end")
+    assert [len(words(text)) for text in stream.all] == [1, 1, 2]
+
+
+def test_without_a_loop_lines_leave_at_once() -> None:
+    log, stream = gathering()
+    log.info("first")
+    log.info("second")
+    assert [words(text) for text in stream.all] == [["first"], ["second"]]
+
+
+async def test_a_line_of_a_thread_takes_along_what_waits() -> None:
+    log, stream = gathering()
+    log.info("first")
+    await asyncio.to_thread(log.info, "second")
+    assert [words(text) for text in stream.all] == [["first", "second"]]
+
+
+def test_a_loop_that_has_ended_does_not_keep_a_later_one_from_writing() -> None:
+    log, stream = gathering()
+
+    async def one(message: str, *, until_it_left: bool = False) -> None:
+        log.info(message)
+        while until_it_left and not stream.all:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(one("first"))
+    asyncio.run(one("second", until_it_left=True))
+    assert words(stream.all[0]) == ["first", "second"]
+
+
+@pytest.mark.parametrize("end", ["return", "raise SystemExit(0)", "signal.raise_signal(signal.SIGTERM)"])
+def test_what_waits_leaves_when_the_process_ends(end: str) -> None:
+    program = f"""
+import asyncio, logging, signal, sys
+from gateway import logs
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+async def main():
+    logging.getLogger("x").info("last words")
+    {end}
+logs.configure("text", "info")
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert words(ended.stderr) == ["words"]

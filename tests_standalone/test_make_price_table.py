@@ -35,12 +35,25 @@ KINDS = {
     "input_tokens": "input_tokens",
     "cached_tokens": "cache_read_tokens",
     "cache_write_tokens": "cache_write_tokens",
+    "cache_write_1h_tokens": "cache_write_1h_tokens",
     "audio_input_tokens": "input_audio_tokens",
     "output_tokens": "output_tokens",
     "reasoning_tokens": "output_reasoning_tokens",
     "audio_output_tokens": "output_audio_tokens",
+    "image_input_tokens": "input_image_tokens",
+    "image_output_tokens": "output_image_tokens",
 }
-MIXED = Usage(1003, 77, cached_tokens=301, cache_write_tokens=200, audio_input_tokens=99, audio_output_tokens=13)
+MIXED = Usage(
+    1003,
+    77,
+    cached_tokens=301,
+    cache_write_tokens=200,
+    audio_input_tokens=99,
+    audio_output_tokens=13,
+    image_input_tokens=41,
+    image_output_tokens=17,
+    cache_write_1h_tokens=150,
+)
 USAGES = (
     Usage(1),
     Usage(1000),
@@ -51,6 +64,10 @@ USAGES = (
 )
 UNKNOWN_BY_NAME = re.compile(r"audio|image|(^|[-/])search|deep-research")
 CANNOT_BE_BILLED = re.compile(r".*_(hours|mchars|kpages|messages_kcount)|output_(image|video|citation)_mtok")
+
+
+def tiers(model: types.ModelInfo, tier: str = "priority") -> list[types.PriceVariant]:
+    return [one for one in model.price_variants or () if one.when == {"service_tier": tier}]
 
 
 class TestAgainstTheSource:
@@ -71,18 +88,36 @@ class TestAgainstTheSource:
         refs = {name for other in others for model in other.models for name in names(model)}
         assert sum(same(provider.id, name, NOW, MIXED) for name in sorted(refs)) > len(others)
 
+    @pytest.mark.parametrize("provider", [one for one in data.providers if any(map(tiers, one.models))])
+    def test_so_do_service_tiers_from_the_day_on_which_the_source_knows_them(self, provider: types.Provider) -> None:
+        known = 0
+        for model in provider.models:
+            for tier in ("flex", "priority", "fast", "scale"):
+                for moment in moments(model):
+                    if any(one.constraint is None or one.constraint.active(moment) for one in tiers(model, tier)):
+                        known += sum(
+                            same(provider.id, model.id, moment, usage, tier) for usage in (MIXED, *edges(model))
+                        )
+                    else:
+                        priced = SHIPPED.find(provider.id, model.id)
+                        assert priced is None or priced.at(milliseconds(moment), tier) is None
+        assert known
+
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 
 
-def same(vendor: str, name: str, moment: datetime, usage: Usage) -> int:
+def same(vendor: str, name: str, moment: datetime, usage: Usage, tier: str | None = None) -> int:
     """1: the costs agree. 0: the name is not one to compare, for a reason that is checked."""
     priced = SHIPPED.find(vendor, name)
-    price = priced.at(milliseconds(moment)) if priced is not None else None
+    price = priced.at(milliseconds(moment), tier) if priced is not None else None
+    context = None if tier is None else {"service_tier": tier}
     reported = {theirs: getattr(usage, ours) for ours, theirs in KINDS.items()}
-    theirs = genai_prices.Usage(**reported, cache_audio_read_tokens=0)
+    theirs = genai_prices.Usage(**reported, cache_audio_read_tokens=0, cache_image_read_tokens=0)
     try:
-        expected = genai_prices.calc_price(theirs, name, provider_id=vendor, genai_request_timestamp=moment)
+        expected = genai_prices.calc_price(
+            theirs, name, provider_id=vendor, genai_request_timestamp=moment, price_context=context
+        )
     except LookupError:
         assert priced is None
         return 0
@@ -135,7 +170,7 @@ def edges(model: types.ModelInfo) -> tuple[Usage, ...]:
 def moments(model: types.ModelInfo) -> Iterator[datetime]:
     """Just before and at each change of its prices."""
     yield NOW
-    for one in prices(model):
+    for one in (*prices(model), *tiers(model)):
         at: list[datetime] = []
         if isinstance(one.constraint, types.StartDateConstraint):
             at = [datetime.combine(one.constraint.start_date, time(), UTC)]
@@ -244,13 +279,57 @@ class TestTheScript:
         [
             ("m:free", {}, {"input": 0, "output": 0}),
             ("m", {"input_mtok": 1, "web_searches_kcount": 5}, {"input": 10**9}),
-            ("m", {"input_mtok": 1, "cache_write_1h_mtok": 5, "input_image_mtok": 7}, {"input": 10**9}),
+            ("m", {"input_mtok": 1, "cache_image_read_mtok": 5, "input_video_mtok": 7}, {"input": 10**9}),
+            ("m", {"input_mtok": 1, "cache_write_1h_mtok": 2}, {"input": 10**9, "cache_write_1h": 2 * 10**9}),
+            ("m-image", {"input_mtok": 1, "input_image_mtok": 2}, {"input": 10**9, "image_input": 2 * 10**9}),
             ("m-audio-1", {"input_mtok": 1, "input_audio_mtok": 2}, {"input": 10**9, "audio_input": 2 * 10**9}),
             ("acme-research/m", {"input_mtok": 1}, {"input": 10**9}),
         ],
     )
     def test_prices_that_do(self, name: str, given: dict[str, int], price: dict[str, int]) -> None:
         assert self.price(name, **{key: Decimal(value) for key, value in given.items()}) == price
+
+    def test_pictures_that_come_out_have_a_price_where_replies_count_them(self) -> None:
+        given = types.ModelPrice(output_mtok=Decimal(1), output_image_mtok=Decimal(2))
+        told = script.price(given, "m", "openai/m", script.Counted())
+        assert told == {"output": 10**9, "image_output": 2 * 10**9}
+        assert script.price(given, "m", "google/m", script.Counted()) is None
+
+    def service_tiers(self, *variants: types.PriceVariant, standard: Any = None) -> Any:
+        flat = types.ModelPrice(input_mtok=Decimal(1), output_mtok=Decimal(4))
+        source = types.ModelInfo("m", types.ClauseEquals("m"), prices=standard or flat, price_variants=list(variants))
+        return script.model("acme", source, script.Counted()).get("service_tiers")
+
+    def test_a_service_tier_takes_from_the_standard_price_what_it_does_not_say(self) -> None:
+        flex, none = types.ModelPrice(input_mtok=Decimal("0.5")), types.ModelPrice()
+        found = self.service_tiers(
+            types.PriceVariant({"service_tier": "flex"}, flex), types.PriceVariant({"service_tier": "default"}, none)
+        )
+        assert found == {"flex": {"price": {"input": 5 * 10**8, "output": 4 * 10**9}}}
+
+    def test_a_service_tier_is_unknown_before_its_price_and_follows_the_standard_one(self) -> None:
+        standard = [
+            types.ConditionalPrice(prices=types.ModelPrice(input_mtok=Decimal(1), output_mtok=Decimal(4))),
+            types.ConditionalPrice(
+                types.StartDateConstraint(date(2026, 3, 1)),
+                prices=types.ModelPrice(input_mtok=Decimal(1), output_mtok=Decimal(3)),
+            ),
+        ]
+        begin, dear = types.StartDateConstraint(date(2026, 2, 1)), types.ModelPrice(input_mtok=Decimal(2))
+        found = self.service_tiers(types.PriceVariant({"service_tier": "fast"}, dear, begin), standard=standard)
+        periods = [
+            {"price": None},
+            {"from": "2026-02-01", "price": {"input": 2 * 10**9, "output": 4 * 10**9}},
+            {"from": "2026-03-01", "price": {"input": 2 * 10**9, "output": 3 * 10**9}},
+        ]
+        assert found == {"fast": {"prices": periods}}
+
+    def test_service_tiers_that_it_does_not_understand_stop_it(self) -> None:
+        night = types.TimeOfDateConstraint(time(1), time(2))
+        with pytest.raises(script.Unknown, match="under more conditions"):
+            self.service_tiers(types.PriceVariant({"service_tier": "flex", "region": "eu"}, types.ModelPrice()))
+        with pytest.raises(script.Unknown, match="by the time of day"):
+            self.service_tiers(types.PriceVariant({"service_tier": "flex"}, types.ModelPrice(), night))
 
     @pytest.mark.parametrize(
         ("given", "word"),

@@ -10,8 +10,8 @@ import pytest
 from gateway.auth import Caller
 from gateway.backends.scripted import ScriptedBackend
 from gateway.catalog import Route
-from gateway.metering import Meter, Outcome, milliseconds_since, nothing, timings
-from gateway.pricing import Price
+from gateway.metering import Meter, Outcome, milliseconds_since, nothing, timings, told_tier
+from gateway.pricing import NANO, Price, Priced, ServicePrices
 from gateway.store.usage import UsageRow
 from gateway.wire.chat import Usage
 from tests_standalone.conftest import NOON, usage_row
@@ -41,18 +41,28 @@ def outcome(usage: Usage | None = None, **changes: Any) -> Outcome:
     return Outcome(**values | changes)
 
 
-def row_of(price: Price | None, found: Outcome, **changes: Any) -> UsageRow:
+def row_of(price: Priced | None, found: Outcome, **changes: Any) -> UsageRow:
     return meter(**changes).row(Route(BACKEND, "up-m", price), "m", found, time.perf_counter(), charged=True)
 
 
 def test_a_row_says_who_what_where_and_how_it_ended() -> None:
-    usage = Usage(10, 5, cached_tokens=4, cache_write_tokens=1, audio_input_tokens=2, reasoning_tokens=3)
+    usage = Usage(
+        *(10, 8),
+        cached_tokens=4,
+        cache_write_tokens=1,
+        audio_input_tokens=2,
+        reasoning_tokens=3,
+        image_input_tokens=3,
+        image_output_tokens=4,
+        cache_write_1h_tokens=1,
+    )
     row = row_of(PRICE, outcome(usage, ended_by="drain", ttft_ms=12, status="client_disconnected"))
     assert (row.request_id, row.attempt, row.created_at, row.stream, row.charged) == ("req_1", 1, NOON, 1, 1)
     assert (row.user_id, row.key_id, row.end_user) == ("ann", "key_1", "kid")
     assert (row.backend, row.model, row.upstream_model) == ("b", "m", "up-m")
     assert (row.input_tokens, row.cached_tokens, row.cache_write_tokens, row.audio_input_tokens) == (10, 4, 1, 2)
-    assert (row.output_tokens, row.reasoning_tokens, row.audio_output_tokens) == (5, 3, 0)
+    assert (row.output_tokens, row.reasoning_tokens, row.audio_output_tokens) == (8, 3, 0)
+    assert (row.image_input_tokens, row.image_output_tokens, row.cache_write_1h_tokens) == (3, 4, 1)
     assert (row.status, row.finish_reason, row.ended_by, row.ttft_ms) == ("client_disconnected", "stop", "drain", 12)
     assert (row.session_id, row.conversation_id) == (None, None)
     assert row.counted_by == "upstream"
@@ -76,6 +86,44 @@ def test_the_cost(price: Price | None, usage: Usage, cost: int | None, unknown: 
     assert (row.cost_nanousd, row.price_unknown) == (cost, unknown)
     if stored is not None or price is None:
         assert row.price == stored
+
+
+SERVED = ServicePrices(PRICE, {"flex": Price(NANO, 4 * NANO)})
+
+
+@pytest.mark.parametrize(
+    ("priced", "tier", "cost", "stored"),
+    [
+        (SERVED, None, 60_000, PRICE.to_json()),
+        (SERVED, "default", 60_000, PRICE.to_json()),
+        (SERVED, "flex", 30_000, '{"input":1000000000,"output":4000000000}'),
+        (SERVED, "priority", None, None),
+        (PRICE, "priority", 60_000, PRICE.to_json()),
+    ],
+    ids=["not told", "standard", "its own price", "nobody knows", "configured for all"],
+)
+def test_the_service_tier_decides(priced: Priced, tier: str | None, cost: int | None, stored: str | None) -> None:
+    row = row_of(priced, outcome(service_tier=tier))
+    assert (row.cost_nanousd, row.price, row.price_unknown) == (cost, stored, int(cost is None))
+
+
+def test_nothing_used_costs_nothing_in_any_service_tier() -> None:
+    row = row_of(SERVED, outcome(Usage(), service_tier="priority"))
+    assert (row.cost_nanousd, row.price_unknown) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "tier"),
+    [
+        (("default", "priority"), "default"),
+        ((None, "priority"), "priority"),
+        (({"a": 1}, 5, "flex"), "flex"),
+        ((None, None), None),
+        ((), None),
+    ],
+)
+def test_the_reply_knows_better_than_the_request(told: tuple[object, ...], tier: str | None) -> None:
+    assert told_tier(*told) == tier
 
 
 def test_attempts_are_counted_and_kept() -> None:

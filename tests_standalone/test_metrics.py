@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
-import subprocess
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.backends.base import ModelInfo
+from gateway.backends.scripted import ScriptedBackend
+from gateway.catalog import Catalog, Provider
 from gateway.errors import NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from gateway.ledger import Ledger, Turn
-from gateway.metrics import FOLDER, MOST_MODELS, Metrics, prepare
+from gateway.metrics import MOST_MODELS, Metrics, public_names
 from gateway.store.database import Database
 from tests_standalone.conftest import Unsteady, opened, settle, usage_row
-from tests_standalone.support.databases import in_processes, sqlite_url
 from tests_standalone.support.gateway import ROOT
 
 CHAT = "/v1/chat/completions"
@@ -44,7 +39,7 @@ class Numbers(dict[tuple[str, frozenset[tuple[str, str]]], float]):
         wanted = set(labels.items())
         return sum(value for (found, has), value in self.items() if found == name and has >= wanted)
 
-    def values(self, label: str) -> set[str]:  # type: ignore[override] # of a label
+    def labels(self, label: str) -> set[str]:
         return {value for _, labels in self for name, value in labels if name == label}
 
 
@@ -89,7 +84,7 @@ async def test_requests_by_route_and_status(metrics: Metrics) -> None:
 )
 async def test_a_route_is_named_by_its_template(metrics: Metrics, route: str, label: str) -> None:
     metrics.request_ended(route, "GET", 200, 0.1)
-    assert (await numbers(metrics)).values("route") == {label}
+    assert (await numbers(metrics)).labels("route") == {label}
 
 
 async def test_methods_that_clients_make_up_are_one_label(metrics: Metrics) -> None:
@@ -98,7 +93,7 @@ async def test_methods_that_clients_make_up_are_one_label(metrics: Metrics) -> N
         metrics.request_ended("/", f"M{number}", 405, 0.1)
     found = await numbers(metrics)
     assert found.one("requests_total", route="/", method="other", status="405") == 1000
-    assert found.values("method") == {"other"}
+    assert found.labels("method") == {"other"}
 
 
 # Attempts
@@ -138,7 +133,7 @@ async def test_names_that_nobody_lists_are_one_label() -> None:
         metrics.attempt_ended(usage_row(model=f"made-up-{number}", input_tokens=1))
     metrics.attempt_ended(usage_row(model="known"))
     found = await numbers(metrics)
-    assert found.values("model") == {"known", "other"}
+    assert found.labels("model") == {"known", "other"}
     assert found.one("tokens_total", backend="b", model="other", kind="input") == 10_000
 
 
@@ -147,7 +142,7 @@ async def test_of_many_public_names_the_first_have_a_label(metrics: Metrics) -> 
         for _ in range(2):
             metrics.attempt_ended(usage_row(model=f"m{number}"))
     found = await numbers(metrics)
-    assert found.values("model") == {f"m{number}" for number in range(MOST_MODELS)} | {"other"}
+    assert found.labels("model") == {f"m{number}" for number in range(MOST_MODELS)} | {"other"}
     assert found.total("attempts_total") == 2 * (MOST_MODELS + 50)
     assert found.total("attempts_total", model="other") == 100
 
@@ -180,6 +175,20 @@ def test_nothing_is_looked_up_twice(metrics: Metrics, monkeypatch: pytest.Monkey
     everything()
     with pytest.raises(AssertionError, match="a look-up"):
         metrics.request_ended(CHAT, "POST", 201, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("configured", True), ("listed", True), ("org/listed:8b", True), ("up/listed", True),
+        ("up/org/listed:8b", True), ("alias", False), ("up/configured", False), ("up/", False),
+        ("other/listed", False), ("", False),
+    ],
+)  # fmt: skip
+async def test_public_names(name: str, public: bool) -> None:
+    provider = Provider(ScriptedBackend("up"), static=True)
+    provider.listed = {listed: ModelInfo(listed) for listed in ("listed", "org/listed:8b")}
+    assert public_names(Catalog({"up": provider}), {"configured": 1})(name) is public
 
 
 @pytest.mark.parametrize(
@@ -298,104 +307,3 @@ async def test_open_metrics_for_who_asks_for_it(metrics: Metrics) -> None:
     assert kind.startswith("application/openmetrics-text")
     labels = [sample.labels for family in open_metrics(body.decode()) for sample in family.samples]
     assert 'a "b"\n\\c' in {found.get("model") for found in labels}
-
-
-# The folder of several workers
-
-
-def in_a_process(source: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a Python of its own prints."""
-    kept = {name: value for name, value in os.environ.items() if name != FOLDER}
-    done = subprocess.run(
-        [sys.executable, "-c", source], cwd=ROOT, env=kept | dict(environment or {}), capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-def test_one_worker_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FOLDER, "")
-    prepare(1)
-    assert FOLDER not in os.environ
-
-
-def test_the_folder_is_private_and_goes_with_the_process_that_made_it() -> None:
-    source = f"""
-import os
-from gateway.metrics import prepare
-prepare(2)
-folder = os.environ["{FOLDER}"]
-if not os.fork():
-    raise SystemExit
-os.wait()
-print(folder, oct(os.stat(folder).st_mode), end="")
-"""
-    folder, mode = in_a_process(source).split()
-    assert stat.S_IMODE(int(mode, 8)) == 0o700
-    assert not Path(folder).exists()
-
-
-def test_a_folder_that_is_named_is_made_and_stays(tmp_path: Path) -> None:
-    named = str(tmp_path / "a" / "b")
-    in_a_process("from gateway.metrics import prepare; prepare(1)", {FOLDER: named})
-    assert Path(named).is_dir()
-
-
-def test_a_folder_that_cannot_be_made_is_a_mistake_in_the_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gateway.errors import ConfigError
-
-    (tmp_path / "file").touch()
-    monkeypatch.setenv(FOLDER, str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match=FOLDER):
-        prepare(2)
-
-
-def test_the_library_waits_until_it_is_needed() -> None:
-    source = "import sys, gateway.cli, gateway.metrics; print('prometheus_client' in sys.modules, end='')"
-    assert in_a_process(source) == "False"
-
-
-def work(number: int, folder: str, database_url: str, requests: int) -> dict[Any, float]:
-    """A worker that counts, leaves a request unfinished, and is asked."""
-    os.environ[FOLDER] = folder
-
-    async def run() -> Numbers:
-        metrics = Metrics(all_public, "1")
-        async with opened(database_url) as database:
-            metrics.watch(database, Ledger(database))
-            for _ in range(requests):
-                metrics.request_begun()
-                metrics.attempt_ended(usage_row())
-                metrics.request_ended(CHAT, "POST", 200, 0.1)
-            metrics.request_begun()
-            found = await numbers(metrics)
-            metrics.close()
-            return found
-
-    return dict(asyncio.run(run()))
-
-
-def test_totals_outlive_workers_and_gauges_do_not(tmp_path: Path) -> None:
-    folder = tmp_path / "metrics"
-    for generation in range(1, 4):
-        in_processes(3, work, str(folder), sqlite_url(tmp_path), 10)
-        assert len(list(folder.glob("*.lock"))) <= 4, "places of the dead are taken again"
-        (found,) = in_processes(1, work, str(folder), sqlite_url(tmp_path), 0)
-        assert found["requests_total", frozenset({"route": CHAT, "method": "POST", "status": "200"}.items())] == (
-            30 * generation
-        )
-        assert found["tokens_total", frozenset({"backend": "b", "model": "m", "kind": "input"}.items())] == (
-            300 * generation
-        )
-        assert found["request_duration_seconds_count", frozenset({("route", CHAT)})] == 30 * generation
-        assert found["requests_in_progress", frozenset()] == 1, "its own"
-        assert found["build_info", frozenset({("version", "1")})] == 1
-
-
-def test_a_file_that_a_worker_died_over_is_no_obstacle(tmp_path: Path) -> None:
-    """Nor is somebody else's, here the database."""
-    (tmp_path / "counter_7.db").touch()
-    (found,) = in_processes(1, work, str(tmp_path), sqlite_url(tmp_path), 2)
-    assert sum(value for (name, _), value in found.items() if name == "requests_total") == 2

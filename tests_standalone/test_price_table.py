@@ -125,8 +125,43 @@ class TestPrices:
     def test_all_kinds_and_tiers(self) -> None:
         data = {"input": 1, "cached_input": 2, "output": 3, "requests": 4, "tiers": [{"above": 9, "input": 5}]}
         priced = table({"equals": ["a"], "price": data}).find("acme", "a")
-        assert isinstance(priced, Price)
-        assert json.loads(priced.to_json()) == data
+        assert priced is not None
+        price = priced.at(0)
+        assert price is not None
+        assert json.loads(price.to_json()) == data
+
+    SERVED = (
+        {"equals": ["a"], "service_tiers": {"flex": {"price": {"input": 50}}}},
+        {
+            "equals": ["b"],
+            "service_tiers": {"fast": {"prices": [{"price": None}, {"from": "1970-01-02", "price": {}}]}},
+        },
+    )
+
+    @pytest.mark.parametrize(
+        ("vendor", "name", "day", "tier", "price"),
+        [
+            ("acme", "a", 0, "flex", 50),
+            ("acme", "a", 0, "priority", None),
+            ("acme", "a", 0, None, 1),
+            ("acme", "a", 0, "default", 1),
+            ("acme", "b", 0, "fast", None),
+            ("acme", "b", 0, "default", 2),
+            ("reseller", "a", 0, None, 1),
+            ("reseller", "a", 0, "flex", None),
+        ],
+    )
+    def test_service_tiers(self, vendor: str, name: str, day: int, tier: str | None, price: int | None) -> None:
+        prices = table(*self.SERVED, reseller={"fallbacks": ["acme"], "models": []})
+        priced = prices.find(vendor, name)
+        assert priced is not None
+        found = priced.at(day, tier)
+        assert (None if found is None else found.input) == price
+
+    def test_a_service_tier_may_get_a_price_later(self) -> None:
+        priced = table(*self.SERVED).find("acme", "b")
+        assert priced is not None
+        assert (priced.at(86_399_999, "fast"), priced.at(86_400_000, "fast")) == (None, Price(None, None))
 
     @pytest.mark.parametrize(
         ("moment", "price"),
@@ -203,6 +238,18 @@ class TestWhatShips:
                 500 * 0.135 + 500 * 0.035,
             ),
             ("openrouter", "deepseek/deepseek-r1:free", "2026-06-01", Usage(1000, 100), 0),
+            (
+                *("anthropic", "claude-3-opus-20240229", "2026-06-01"),
+                *(Usage(1000, cache_write_tokens=300, cache_write_1h_tokens=200), 700 * 15 + 100 * 18.75 + 200 * 30),
+            ),
+            (
+                *("openai", "gpt-image-1", "2026-06-01"),
+                *(Usage(1000, 400, image_input_tokens=900, image_output_tokens=400), 100 * 5 + 900 * 10 + 400 * 40),
+            ),
+            (
+                *("openai", "gpt-image-1.5", "2026-06-01"),
+                *(Usage(50, 400, image_output_tokens=390), 50 * 5 + 10 * 10 + 390 * 32),
+            ),
         ],
     )
     def test_costs(self, vendor: str, model: str, moment: str, usage: Usage, micro_usd: float) -> None:
@@ -211,6 +258,24 @@ class TestWhatShips:
         price = priced.at(milliseconds(datetime.fromisoformat(moment)))
         assert price is not None
         assert price.cost(usage) == round(micro_usd * 1000)
+
+    @pytest.mark.parametrize(
+        ("tier", "micro_usd"),
+        [
+            *((tier, 1000 * 1.25 + 100 * 10) for tier in (None, "auto", "default", "on_demand")),
+            ("priority", 1000 * 2.5 + 100 * 20),
+            ("fast", 1000 * 2.5 + 100 * 20),
+            ("flex", 1000 * 0.625 + 100 * 5),
+            ("scale", None),
+            ("ultrafast", None),
+        ],
+    )
+    def test_service_tiers(self, tier: str | None, micro_usd: float | None) -> None:
+        priced = SHIPPED.find("openai", "gpt-5")
+        assert priced is not None
+        price = priced.at(milliseconds(datetime(2026, 11, 21, tzinfo=UTC)), tier)
+        cost = None if price is None else price.cost(Usage(1000, 100))
+        assert cost == (None if micro_usd is None else round(micro_usd * 1000))
 
     @pytest.mark.parametrize(
         ("vendor", "model"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.pricing import DAY, NANO, Period, Price, PriceSchedule, Tier, usd
+from gateway.pricing import DAY, NANO, Period, Price, PriceSchedule, ServicePrices, Tier, configured, usd
 from gateway.wire.chat import Usage
 
 GPT_4O = Price.from_usd({"input": Decimal("2.50"), "cached_input": Decimal("1.25"), "output": Decimal("10.00")})
@@ -34,18 +34,44 @@ class TestCost:
 
     def test_each_kind_has_its_price(self) -> None:
         price = Price(
-            1, 10, cached_input=100, cache_write=1_000, audio_input=10_000, reasoning=10**5, audio_output=10**6
+            1,
+            10,
+            cached_input=100,
+            cache_write=1_000,
+            audio_input=10_000,
+            reasoning=10**5,
+            audio_output=10**6,
+            image_input=10**7,
+            image_output=10**8,
+            cache_write_1h=10**9,
         )
         million = 10**6
-        usage = Usage(4 * million, 3 * million, million, million, million, million, million)
-        assert price.cost(usage) == 1_111_111
+        usage = Usage(
+            6 * million,
+            4 * million,
+            cached_tokens=million,
+            cache_write_tokens=2 * million,
+            audio_input_tokens=million,
+            reasoning_tokens=million,
+            audio_output_tokens=million,
+            image_input_tokens=million,
+            image_output_tokens=million,
+            cache_write_1h_tokens=million,
+        )
+        assert price.cost(usage) == 1_111_111_111
 
-    @pytest.mark.parametrize("kind", ["cached_tokens", "cache_write_tokens", "audio_input_tokens"])
+    @pytest.mark.parametrize(
+        "kind", ["cached_tokens", "cache_write_tokens", "audio_input_tokens", "image_input_tokens"]
+    )
     def test_kinds_of_input_without_a_price_cost_what_input_costs(self, kind: str) -> None:
         usage = Usage(1000, **{kind: 700})
         assert Price(3 * NANO, 0).cost(usage) == Price(3 * NANO, 0).cost(Usage(1000)) == 3_000_000
 
-    @pytest.mark.parametrize("kind", ["reasoning_tokens", "audio_output_tokens"])
+    @pytest.mark.parametrize(("price", "nano"), [(Price(NANO, 0), 1000), (Price(NANO, 0, cache_write=2 * NANO), 2000)])
+    def test_an_hour_in_the_cache_costs_what_writing_costs(self, price: Price, nano: int) -> None:
+        assert price.cost(Usage(1, cache_write_tokens=1, cache_write_1h_tokens=1)) == nano
+
+    @pytest.mark.parametrize("kind", ["reasoning_tokens", "audio_output_tokens", "image_output_tokens"])
     def test_kinds_of_output_without_a_price_cost_what_output_costs(self, kind: str) -> None:
         usage = Usage(0, 1000, **{kind: 700})
         assert Price(0, 5 * NANO).cost(usage) == 5_000_000
@@ -175,6 +201,62 @@ class TestTime:
 
     def test_a_price_may_become_unknown(self) -> None:
         assert PriceSchedule([Period(OLD), Period(None, since=JANUARY)]).at(JANUARY) is None
+
+
+class TestServiceTiers:
+    PRICES = ServicePrices(
+        OLD, {"flex": NEW, "own": NIGHT, "dated": PriceSchedule([Period(None), Period(NEW, since=9)])}
+    )
+
+    @pytest.mark.parametrize("tier", [None, "priority", "flex", "default"])
+    def test_a_flat_price_holds_for_all(self, tier: str | None) -> None:
+        assert OLD.at(0, tier) is OLD
+        assert PriceSchedule([Period(OLD)]).at(0, tier) is OLD
+
+    @pytest.mark.parametrize(
+        ("tier", "price"),
+        [
+            *((tier, OLD) for tier in (None, "auto", "default", "standard", "on_demand", "no word of a tier", "")),
+            ("flex", NEW),
+            ("own", NIGHT),
+            ("dated", None),
+            *((tier, None) for tier in ("priority", "fast", "scale", "ultrafast", "batch", "performance")),
+        ],
+    )
+    def test_no_tier_is_lent_the_price_of_another(self, tier: str | None, price: Price | None) -> None:
+        assert self.PRICES.at(0, tier) is price
+
+    def test_tiers_change_with_time_too(self) -> None:
+        assert (self.PRICES.at(8, "dated"), self.PRICES.at(9, "dated")) == (None, NEW)
+
+    def test_a_configured_price_without_factors_holds_for_all(self) -> None:
+        usd = {"input": Decimal(2), "output": None, "service_tiers": {}}
+        assert configured(usd) == Price(2 * NANO, None)
+
+    def test_factors_are_on_every_price(self) -> None:
+        factors = {"priority": Decimal("1.75"), "flex": Decimal("0.5"), "scale": Decimal(0)}
+        priced = configured({"input": Decimal("2.50"), "image_output": Decimal(40), "service_tiers": factors})
+        standard = Price(2_500_000_000, None, image_output=40 * NANO)
+        assert priced.at(0) == priced.at(0, "default") == standard
+        assert priced.at(0, "priority") == Price(4_375_000_000, None, image_output=70 * NANO)
+        assert priced.at(0, "flex") == Price(1_250_000_000, None, image_output=20 * NANO)
+        assert priced.at(0, "scale") == Price(0, None, image_output=0)
+        assert priced.at(0, "fast") is None
+
+    @pytest.mark.parametrize(
+        ("price", "factor", "product"),
+        [
+            (Price(3, 5), "0.5", Price(2, 3)),
+            (Price(1, None), "0.4", Price(0, None)),
+            (Price(10**15, 1), "1.000000001", Price(10**15 + 10**6, 1)),
+            (Price(1, 1, requests=7), "3", Price(3, 3, requests=21)),
+            (Price(1, 1, tiers=(Tier(9, Price(2, None)),)), "2", Price(2, 2, tiers=(Tier(9, Price(4, None)),))),
+        ],
+    )
+    def test_a_product_is_rounded_to_the_nano_dollar_for_a_million(
+        self, price: Price, factor: str, product: Price
+    ) -> None:
+        assert price.times(Decimal(factor)) == product
 
 
 class TestRounding:

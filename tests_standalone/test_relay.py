@@ -62,6 +62,7 @@ class Upstream:
 
     async def complete(self, request: ChatRequest) -> Completion:
         act = self._next(request)
+        await asyncio.sleep(0)
         if act == HANG:
             await asyncio.Event().wait()
         return act if isinstance(act, Completion) else Completion(dumps(act), act)
@@ -305,12 +306,14 @@ async def test_a_reply_is_recorded_and_says_what_it_cost(rig: Rig) -> None:
 
 async def test_all_other_bytes_of_a_reply_are_the_upstreams(rig: Rig) -> None:
     raw = (
-        b'{ "x" : 1.00, "choices":[{"message":{"role":"assistant","content":"\\u0041"},"finish_reason":"stop"}],\n'
-        b'  "usage": {"prompt_tokens":10, "completion_tokens":5,"y": 1e2}, "timings":{"z":1}, "big": 123 }'
+        b'{ "x" : 1.00, "id": "c1","object": "chat.completion", "created":1, "model":"m",\n'
+        b' "choices":[{"index":0,"message":{"role":"assistant","content":"\\u0041"},"finish_reason":"stop"}],\n'
+        b'  "usage": {"prompt_tokens":10, "completion_tokens":5,"total_tokens":15,"y": 1e2},\n'
+        b'"timings":{"z":1}, "big": 1 }'
     )
     exchange = await rig.exchange(Upstream("up", Completion(raw, json.loads(raw))), keep=False)
     reply = await exchange.complete()
-    assert reply.body == raw.replace(b'"y": 1e2}', b'"y": 1e2,"cost":2e-8}').replace(b"123 }", b'123,"cost":2e-8}')
+    assert reply.body == raw.replace(b'"y": 1e2}', b'"y": 1e2,"cost":2e-8}').replace(b": 1 }", b': 1,"cost":2e-8}')
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.drain import Drain
 from gateway.errors import BadRequest, UpstreamError
-from gateway.responses import STREAM_HEADERS, StreamResponse, header_value
+from gateway.responses import STREAM_HEADERS, StreamResponse, drive, header_value
 
 Read = Callable[[], Awaitable[bytes]]
 
@@ -59,6 +59,9 @@ class Client:
         await self.left.wait()
         return {"type": "http.disconnect"}
 
+    def leave(self) -> None:
+        self.left.set()
+
     async def send(self, message: Any) -> None:
         await self.reading.wait()
         self.got.append(message)
@@ -70,6 +73,50 @@ class Client:
     @property
     def finished(self) -> bool:
         return bool(self.got) and self.got[-1].get("more_body") is False
+
+
+class OfferingClient(Client):
+    """Behind a server whose `receive` has a method for those who wait for the end. `told` is whom it would tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Callable[[], None]] = []
+        self.receive = Offer(self.told)  # type: ignore[method-assign, assignment]  # as a server does
+
+    def leave(self) -> None:
+        for call in self.told:
+            call()
+
+
+class Offer:
+    def __init__(self, told: list[Callable[[], None]]) -> None:
+        self._told = told
+
+    async def __call__(self) -> dict[str, Any]:
+        raise AssertionError("nobody needs to ask")
+
+    def when_gone(self, call: Callable[[], None]) -> Callable[[], None]:
+        self._told.append(call)
+        return lambda: self._told.remove(call)
+
+
+class Whole:
+    """What `drive` asks of an exchange."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.told: list[str] = []
+        self.go_on = asyncio.Event()
+        self._failure = failure
+
+    async def complete(self) -> str:
+        await self.go_on.wait()
+        if self._failure is not None:
+            raise self._failure
+        return "reply"
+
+    def client_left(self) -> None:
+        self.told.append("client_left")
+        self.go_on.set()
 
 
 def gives(data: bytes) -> Read:
@@ -141,6 +188,18 @@ async def test_a_late_first_chunk_has_its_status_before_it_and_may_ping() -> Non
     assert client.body.endswith(b"lateend")
 
 
+async def test_a_failure_after_a_status_that_left_early_is_told_in_band() -> None:
+    client, exchange = Client(), Exchange(fails(UpstreamError("It broke."), after=0.03))
+    client.reading.clear()
+    task = asyncio.ensure_future(respond(exchange, client, first_chunk_wait=0.01))
+    await asyncio.sleep(0.1)
+    assert not task.done()  # the status itself has to wait for the client
+    client.reading.set()
+    await task
+    assert [message["type"] for message in client.got] == ["http.response.start", "http.response.body"]
+    assert b"It broke." in client.body
+
+
 @pytest.mark.parametrize("late", [True, False])
 async def test_a_failure_after_the_status_is_one_event_and_no_end(late: bool) -> None:
     client, failure = Client(), UpstreamError("It broke.")
@@ -152,11 +211,12 @@ async def test_a_failure_after_the_status_is_one_event_and_no_end(late: bool) ->
     assert not client.finished
 
 
-async def test_a_client_that_left_is_sent_nothing_more_and_the_exchange_goes_on_to_its_end() -> None:
-    client, exchange = Client(), Exchange(gives(b"a"), waits(0.03, b"b"), gives(b"c"))
+@pytest.mark.parametrize("offers", [True, False], ids=["our server", "another server"])
+async def test_a_client_that_left_is_sent_nothing_more_and_the_exchange_goes_on_to_its_end(offers: bool) -> None:
+    client, exchange = OfferingClient() if offers else Client(), Exchange(gives(b"a"), waits(0.03, b"b"), gives(b"c"))
     task = asyncio.ensure_future(respond(exchange, client))
     await asyncio.sleep(0.01)
-    client.left.set()
+    client.leave()
     await task
     assert exchange.told == ["client_left"]
     assert exchange.ended
@@ -179,6 +239,25 @@ async def test_the_cut_is_told_even_to_a_client_that_was_not_reading_then() -> N
     assert exchange.told == ["interrupt"]
     assert b"Shutting down." in client.body
     assert not client.finished
+
+
+@pytest.mark.parametrize("offers", [True, False], ids=["our server", "another server"])
+@pytest.mark.parametrize("failure", [None, BadRequest("no")])
+async def test_a_whole_reply_hears_that_its_client_left(offers: bool, failure: Exception | None) -> None:
+    client, exchange = OfferingClient() if offers else Client(), Whole(failure)
+    task = asyncio.ensure_future(drive(exchange, client.receive))  # type: ignore[arg-type]  # as far as it is asked
+    await asyncio.sleep(0.01)
+    client.leave()
+    assert await asyncio.gather(task, return_exceptions=True) == [failure or "reply"]
+    assert exchange.told == ["client_left"]
+
+
+async def test_nobody_is_told_after_a_reply() -> None:
+    client, whole, stream = OfferingClient(), Whole(), Exchange(gives(b"a"), gives(b"b"))
+    whole.go_on.set()
+    assert await drive(whole, client.receive) == "reply"  # type: ignore[arg-type, comparison-overlap]  # as above
+    await respond(stream, client)
+    assert client.told == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ Rules:
 - The upstream may still hang up while a request is on its way to it. If not a byte of a reply has come then, a GET or
   HEAD on a connection that was used before is sent once again on a new one. Anything else is not: nobody can know
   whether the upstream has read it and begun to work, so it is an UpstreamError, and the relay decides.
-- UpstreamUnreachable means that nothing was sent; NeverSent, that the caller was cancelled before anything was.
+- UpstreamUnreachable means that nothing was sent; NeverSent, that the client was closed before anything was. Who is
+  cancelled before anything was sent gets a CancelledError that says so (UNSENT).
   Everything after the first write is UpstreamTimeout or UpstreamError.
 - A final reply that comes before the request has left is read as it comes; if it is a refusal, sending stops.
 """
@@ -36,7 +37,7 @@ from gateway.backends.client_protocol import Connection
 from gateway.backends.client_reply import Reply, broken
 from gateway.backends.client_request import Origin, Target, header_lines, target_of
 from gateway.backends.transport import Response, Timeouts
-from gateway.errors import NeverSent, UpstreamError, UpstreamUnreachable
+from gateway.errors import UNSENT, NeverSent, UpstreamError, UpstreamUnreachable
 
 _REPEATABLE = frozenset({"GET", "HEAD"})
 _KEPT_TARGETS = 1024
@@ -109,7 +110,10 @@ class HTTPTransport:
                 raise OSError("the client is closed")
             return await pool.open(until, fresh=fresh)
         except asyncio.CancelledError:
-            raise NeverSent("The call was ended before it was sent.", log="ended before sending") from None
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError(UNSENT) from None
+            raise NeverSent("The call was ended before it was sent.", log="the client was closed") from None
         except (OSError, ValueError) as failure:
             cause = f"{type(failure).__name__}: {failure}"
             raise UpstreamUnreachable("The upstream could not be reached.", log=cause) from failure

@@ -7,6 +7,7 @@ path, headers and body, and bytes into values; it never awaits. Retries and fall
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ MAX_REPLY = 64 << 20
 MAX_ERROR = 64 << 10
 TAIL_SECONDS = 1.0
 TAIL_READS = 16
+_NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,9})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,13 +255,12 @@ class WholeReply:
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds from `retry-after-ms`, or from `retry-after` (seconds or an HTTP date); None: it does not say."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        told = headers.get(name, "").strip()
+        if _NUMBER.fullmatch(told):
+            return float(told) * unit
     try:
-        if "retry-after-ms" in headers:
-            return float(headers["retry-after-ms"]) / 1000
-        value = headers.get("retry-after", "")
-        if value.replace(".", "", 1).isdecimal():
-            return float(value)
-        return parsedate_to_datetime(value).timestamp() - time.time() if value else None
+        return parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time()
     except (ValueError, OverflowError):
         return None
 

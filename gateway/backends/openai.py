@@ -16,7 +16,7 @@ from gateway.backends.http import HTTPRequest
 from gateway.errors import UpstreamError
 from gateway.wire import WireError, sse
 from gateway.wire.chat import ChatRequest, Chunk, Completion
-from gateway.wire.failures import error_from, streamed_error
+from gateway.wire.failures import error_from, error_in, streamed_error
 from gateway.wire.jsontext import loads
 from gateway.wire.operation import EMBEDDINGS, OPERATIONS, OperationRequest
 
@@ -67,8 +67,8 @@ class OpenAITranslator:
 
     def completion(self, request: ChatRequest, body: bytes) -> Completion:
         data = _object(body)
-        if data.get("error") and not data.get("choices"):
-            raise streamed_error(data["error"])
+        if (error := error_in(data)) is not None and not data.get("choices"):
+            raise streamed_error(error)
         if not isinstance(data.get("choices"), list):
             raise WireError("the reply has no 'choices' array")
         return Completion(body.strip(), data)

@@ -277,7 +277,8 @@ def _count(value: object) -> int | None:
 
 
 def _part(details: object, key: str, most: int) -> int:
-    return min(_count(details.get(key)) or 0, most) if isinstance(details, dict) else 0
+    told = details.get(key) if isinstance(details, dict) else None
+    return 0 if told is None else min(_count(told) or 0, most)
 
 
 def text_of(content: object) -> str:

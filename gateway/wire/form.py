@@ -17,6 +17,7 @@ MAX_PART_HEAD = 16 << 10
 MAX_TEXT = 1 << 20
 MOST_OPTIONS = 20
 _OPTION = re.compile(rb';[ \t]*([^\s"=;]+)=(?:"((?:[^"\\]|\\.)*+)"|([^\s";]*))[ \t]*', re.DOTALL)
+_FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _ODD_LINE = re.compile(rb"\r(?!\n)|(?<!\r)\n|\r\n[ \t]|\0")
 """What some take for the end of a header, or for its continuation, and others do not."""
 
@@ -111,8 +112,11 @@ def _part(raw: bytes, start: int, end: int) -> Part:
         raise BadRequest("A part of the form has no headers, or too many.", code="invalid_form")
     head = raw[start:head_end]
     lines = [line.partition(b":") for line in head.split(b"\r\n")]
-    told = [value for name, _, value in lines if name.strip().lower() == b"content-disposition"]
-    kind, options = _options(told[0]) if len(told) == 1 and not _ODD_LINE.search(head) else (b"", {})
+    told = [value for name, _, value in lines if name.lower() == b"content-disposition"]
+    odd = _ODD_LINE.search(head) is not None or not all(
+        colon and _FIELD_NAME.fullmatch(name) for name, colon, _ in lines
+    )
+    kind, options = _options(told[0]) if len(told) == 1 and not odd else (b"", {})
     if kind != b"form-data" or b"name" not in options:
         raise BadRequest("A part of the form has no name, or two.", code="invalid_form")
     filename = options.get(b"filename", b"" if b"filename*" in options else None)

@@ -19,6 +19,7 @@ _WALKED_BRACKETS = 50_000
 _NAMED_BYTES = 64 << 10
 # Where a number may stand and looks as if it might not fit; inside a string that is a coincidence, found out below.
 _ODD_NUMBER = re.compile(rb"(?:^|[:\[,\s])(-?[0-9]{19,}(?![0-9.eE])|-?[0-9][0-9.]*[eE][+-]?[0-9]{3,}|-?Infinity|NaN)")
+_AS_ZEROS = bytes.maketrans(b"0123456789E", b"0000000000e")
 _LARGEST = 2**63
 _MOST_DIGITS = 308
 
@@ -86,7 +87,7 @@ def numbers_out_of_range(raw: bytes) -> str | None:
     orjson turns such integers into floats without a word; a gateway that counts must not. Also for texts that `loads`
     refused because of such a number: it knows the column only.
     """
-    if not any(_is_out_of_range(match[1]) for match in _ODD_NUMBER.finditer(raw)):
+    if _has_plain_numbers(raw) or not any(_is_out_of_range(match[1]) for match in _ODD_NUMBER.finditer(raw)):
         return None
     named = len(raw) <= _NAMED_BYTES
     try:
@@ -101,6 +102,12 @@ def numbers_out_of_range(raw: bytes) -> str | None:
         return "body"
     except (ValueError, RecursionError):
         return None
+
+
+def _has_plain_numbers(raw: bytes) -> bool:
+    """Without a long row of digits or an exponent anywhere, not even in a text: most bodies, found in no time."""
+    zeros = raw.translate(_AS_ZEROS)
+    return not (b"0000000000000000000" in zeros or b"0e" in zeros or b"Infinity" in raw or b"NaN" in raw)
 
 
 def _is_out_of_range(token: bytes) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gateway.wire.jsontext import dumps, loads
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
+_COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 _OPEN = frozenset(b"{[")
 _CLOSE = frozenset(b"}]")
 _SPACE = b" \t\r\n"
@@ -57,6 +58,33 @@ def _member(raw: bytes, key_at: tuple[str, int], value_at: int, stop: int) -> Me
     )
 
 
+def _sole_value(raw: bytes, key: str) -> tuple[int, int] | None:
+    """Where the value of a top-level key stands, found without a look at the rest; None: look at all of it.
+
+    A key that stands once in the text, and is there at the top, is that one: inside a text its quotes would be escaped.
+    Unless a letter of a key is written as an escape, which nobody does who means well.
+    """
+    if not (key.isascii() and key.isalpha() and key.islower()):
+        return None
+    token = b'"%b"' % key.encode()
+    if raw.count(token) != 1 or b"\\u006" in raw or b"\\u007" in raw:
+        return None
+    after = _COLON.match(raw, raw.index(token) + len(token))
+    if after is None:  # it is a value somewhere
+        return None
+    start = after.end()
+    depth = 0
+    for found in _TOKEN.finditer(raw, start):
+        first = raw[found.start()]
+        if first in _OPEN:
+            depth += 1
+        elif first in _CLOSE or first == 0x2C:
+            if depth == 0:
+                return start, start + len(raw[start : found.start()].rstrip(_SPACE))
+            depth -= first in _CLOSE
+    return None
+
+
 Change = bytes | None | Callable[[bytes], bytes]
 """A member's new JSON text, None to take it out, or a function from the text it has to the one it shall have."""
 
@@ -81,6 +109,12 @@ def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> 
 
 
 def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> bytes:
+    if len(changes) == 1:
+        ((key, text),) = changes.items()
+        found = None if text is None else _sole_value(raw, key)
+        if text is not None and found is not None:
+            start, end = found
+            return b"".join((raw[:start], _text(text, raw[start:end]), raw[end:]))
     places = members(raw)
     keys = [place.key for place in places]
     if any(keys.count(key) != 1 for key in changes):

@@ -118,6 +118,8 @@ def encode(payloads: list[bytes]) -> bytes:
     """Events of one `data` line each. JSON that came over several lines is joined by spaces, which JSON allows."""
     if not payloads:
         return b""
+    if len(payloads) == 1 and b"\n" not in payloads[0]:
+        return b"data: %b\n\n" % payloads[0]
     body = b"\n\ndata: ".join(payloads)
     if body.count(b"\n") != 2 * (len(payloads) - 1):
         body = b"\n\ndata: ".join(payload.replace(b"\n", b" ") for payload in payloads)

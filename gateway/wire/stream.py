@@ -56,6 +56,7 @@ class ChatStream:
         self.answer = Assembler()
         self.usage: Usage | None = None
         self.timings: object = None
+        self.service_tier: str | None = None
         self.failure: StreamedError | WireError | None = None
 
     def feed(self, chunks: Iterable[Chunk]) -> bytes:
@@ -108,6 +109,8 @@ class ChatStream:
 
     def _note(self, data: Mapping[str, Any]) -> None:
         """Usage: the last that was told, unless it is less than what was told before."""
+        if isinstance(data.get("service_tier"), str):
+            self.service_tier = data["service_tier"]
         if "timings" in data:
             self.timings = data["timings"]
         usage = repair.usage(repair.told_usage(data))

@@ -103,22 +103,9 @@ class Probe:
         if padding is not None:
             parts[1:] = [parts[1][: padding.start(1)], parts[1][padding.end(1) :]]
             marks.append(_PADDED)
-        probe = cls(b"".join(part + mark for part, mark in zip(parts, [*marks, b""], strict=True)), {}, parts)
-        probe.data.update(loads(probe.raw))
-        return probe if probe._is_same_but_for(data, *found) else None
-
-    def _is_same_but_for(self, data: Json, key: str, text: str) -> bool:
-        """Is the probe its chunk, but for the text and the padding, and are both where they should be?"""
-        like = loads(self.raw)
-        holder = _holder(like["choices"][0], key)
-        if holder.get(key) != MARK:
-            return False
-        holder[key] = text
-        if len(self.parts) == 3:
-            if like.get("obfuscation") != _PADDED.decode():
-                return False
-            like["obfuscation"] = data["obfuscation"]
-        return bool(like == data)
+        probe = b"".join(part + mark for part, mark in zip(parts, [*marks, b""], strict=True))
+        like = loads(probe)
+        return cls(probe, like, parts) if _is_same_but(like, data, *found, padded=padding is not None) else None
 
     def template(self, right: Json, leaving: bytes) -> Template | None:
         """`right`: the probe as it was put right, or its own data; `leaving`: the bytes that would leave for it."""
@@ -129,6 +116,17 @@ class Probe:
         if not rewritten and len(parts) == len(self.parts):
             return Template(self.parts, parts, rewritten=False)
         return None
+
+
+def _is_same_but(like: Json, data: Json, key: str, text: str, *, padded: bool) -> bool:
+    """Is a probe its chunk, but for the text and the padding, and are both marks where they should be?"""
+    holder = _holder(like["choices"][0], key)
+    if holder.get(key) != MARK or (padded and like.get("obfuscation") != _PADDED.decode()):
+        return False
+    holder[key] = text
+    same = (like | {"obfuscation": data["obfuscation"]} if padded else like) == data
+    holder[key] = MARK
+    return same
 
 
 def _text_of(data: Json) -> tuple[str, str] | None:

@@ -9,8 +9,8 @@ import pytest
 
 from gateway.backends.adapt import Adapter
 from gateway.backends.azure import AzureBackend, AzureTranslator
+from gateway.backends.client import HTTPTransport
 from gateway.backends.http import HTTPRequest
-from gateway.backends.transport import AiohttpTransport
 from gateway.backends.vendors import Quirks
 from gateway.errors import ModelNotFound, UpstreamError
 from gateway.wire.chat import ChatRequest, CompletionRequest
@@ -85,7 +85,7 @@ def test_peculiarities() -> None:
 
 async def test_over_the_wire() -> None:
     async with ScriptedUpstream() as upstream, contextlib.AsyncExitStack() as stack:
-        transport = AiohttpTransport()
+        transport = HTTPTransport()
         stack.push_async_callback(transport.aclose)
         backend = AzureBackend("azure", upstream.root_url, V1, transport)
         completion = await backend.complete(chat("a/b"))
@@ -112,7 +112,7 @@ async def test_a_deployment_reaches_the_wire_in_one_segment_of_the_path() -> Non
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server, contextlib.AsyncExitStack() as stack:
-        transport = AiohttpTransport()
+        transport = HTTPTransport()
         stack.push_async_callback(transport.aclose)
         port = server.sockets[0].getsockname()[1]
         backend = AzureBackend("azure", f"http://127.0.0.1:{port}", DATED, transport)

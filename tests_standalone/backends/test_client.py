@@ -9,7 +9,7 @@ import pytest
 
 from gateway.backends.client import HTTPTransport
 from gateway.backends.transport import Timeouts
-from gateway.errors import NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import UNSENT, NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from tests_standalone.backends.raw_upstream import (
     OK,
     QUICK,
@@ -126,8 +126,9 @@ class TestUnreachable:
             task = asyncio.create_task(call(client, f"http://127.0.0.1:{port}/"))
             await asyncio.sleep(0.05)
             task.cancel()
-            with pytest.raises(NeverSent):
+            with pytest.raises(asyncio.CancelledError, match=UNSENT):
                 await task
+            assert task.cancelled()
 
 
 class TestCancelled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
@@ -82,6 +83,25 @@ class TestEarlyReplies:
                 while received < 0:
                     await asyncio.sleep(0.005)
             assert received < 64 << 20
+
+    async def test_a_refused_request_that_was_cut_short_ends_the_connection(self, client: HTTPTransport) -> None:
+        """Else what we send next would be read as the rest of its body."""
+
+        async def script(peer: Peer) -> None:
+            await peer.request_head()
+            peer.send(REFUSED[:-1])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    while await peer.reader.read(1 << 20):
+                        pass
+            peer.send(REFUSED[-1:])
+            await peer.gone()
+
+        async with raw_upstream(script) as upstream:
+            for _ in range(2):
+                response = await client.send("POST", upstream.url, {}, b"x" * (64 << 20), QUICK)
+                assert (response.status, await whole(response)) == (413, b"no!")
+            assert len(upstream.peers) == 2
 
     async def test_a_refusal_by_an_upstream_that_hangs_up(self, client: HTTPTransport) -> None:
         async def script(peer: Peer) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from gateway.backends.base import Loadable, LoadState, ModelInfo, Operator, operations_of
+from gateway.backends.client import HTTPTransport
 from gateway.backends.ollama import OllamaBackend
 from gateway.backends.ollama_wire import OllamaTranslator
-from gateway.backends.transport import AiohttpTransport, Timeouts
+from gateway.backends.transport import Timeouts
 from gateway.errors import BadRequest, UpstreamError
 from gateway.wire import WireError
 from gateway.wire.assemble import Assembler
@@ -139,7 +140,7 @@ async def ollama() -> AsyncIterator[ScriptedOllama]:
 
 @pytest.fixture
 async def backend(ollama: ScriptedOllama) -> AsyncIterator[OllamaBackend]:
-    transport = AiohttpTransport()
+    transport = HTTPTransport()
     yield OllamaBackend("ollama", ollama.root_url, OllamaTranslator(num_ctx=8192), transport)
     await transport.aclose()
 
@@ -308,7 +309,7 @@ class TestFailure:
         assert ollama.disconnects == 1
 
     async def test_a_silence_is_a_timeout(self, ollama: ScriptedOllama) -> None:
-        transport = AiohttpTransport()
+        transport = HTTPTransport()
         backend = OllamaBackend(
             "ollama", ollama.root_url, OllamaTranslator(), transport, timeouts=Timeouts(first_byte=0.1)
         )

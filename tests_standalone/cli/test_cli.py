@@ -97,7 +97,7 @@ def add_usage(*found: UsageRow) -> None:
 # Answers at once
 
 
-HEAVY = ("starlette", "aiohttp", "asyncpg", "pydantic", "uvicorn", "orjson", "yaml", "asyncio", "gateway.config")
+HEAVY = ("starlette", "tiktoken", "asyncpg", "pydantic", "uvicorn", "orjson", "yaml", "asyncio", "gateway.config")
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["keys", "create", "--help"]])

@@ -14,7 +14,7 @@ from gateway.store.database import Database, Row, Value
 from gateway.store.migrate import DIALECTS, Dialect, Migration, SchemaMismatch, load_migrations, migrate, pending
 from tests_standalone.support.databases import in_processes
 
-ALL = ["0001_initial", "0002_conversations", "0003_views"]
+ALL = ["0001_initial", "0002_conversations", "0003_views", "0004_usage_image_tokens"]
 
 
 def folder(tmp_path: Path, **texts: str) -> Path:
@@ -205,6 +205,29 @@ async def test_a_table_in_use_for_ever(
     await database.close()
 
 
+# Rows of the first release
+
+USAGE = {
+    "id": "'1'", "request_id": "'r'", "attempt": "1", "created_at": "1500", "user_id": "'u'", "backend": "'b'",
+    "model": "'m'", "upstream_model": "'m'", "input_tokens": "10", "cached_tokens": "0",
+    "cache_write_tokens": "0", "audio_input_tokens": "0", "output_tokens": "30", "reasoning_tokens": "0",
+    "audio_output_tokens": "0", "counted_by": "'upstream'", "price_unknown": "0", "cost_nanousd": "5",
+    "charged": "1", "status": "'ok'", "stream": "1", "ttft_ms": "100", "duration_ms": "1100",
+}  # fmt: skip
+ADD_USAGE = (f"INSERT INTO usage_rows ({', '.join(USAGE)}) VALUES ({', '.join(USAGE.values())})", [()])
+
+
+async def test_rows_from_before_0004_have_no_pictures(database: Database, tmp_path: Path) -> None:
+    shipped = {known.name: known.sql for known in load_migrations(database.dialect)}
+    before = {f"n{name}__{other}": shipped[name] for name in ALL[:3] for other in DIALECTS}
+    await migrate(database, folder(tmp_path, **before))
+    await database.write([ADD_USAGE])
+    assert await migrate(database) == ["0004_usage_image_tokens"]
+    found = "SELECT input_tokens, image_input_tokens, image_output_tokens, cache_write_1h_tokens FROM usage_rows"
+    assert values(await database.fetch(found)) == [(10, 0, 0, 0)]
+    assert len(await database.fetch("SELECT * FROM usage_view")) == 1
+
+
 # Views
 
 CONTENTS = {
@@ -268,15 +291,7 @@ async def test_conversations_and_sessions_can_be_read_by_people(database: Databa
 
 async def test_usage_can_be_read_by_people(database: Database) -> None:
     await migrate(database)
-    columns = {
-        "id": "'1'", "request_id": "'r'", "attempt": "1", "created_at": "1500", "user_id": "'u'", "backend": "'b'",
-        "model": "'m'", "upstream_model": "'m'", "input_tokens": "10", "cached_tokens": "0",
-        "cache_write_tokens": "0", "audio_input_tokens": "0", "output_tokens": "30", "reasoning_tokens": "0",
-        "audio_output_tokens": "0", "counted_by": "'upstream'", "price_unknown": "0", "cost_nanousd": "5",
-        "charged": "1", "status": "'ok'", "stream": "1", "ttft_ms": "100", "duration_ms": "1100",
-    }  # fmt: skip
-    add = f"INSERT INTO usage_rows ({', '.join(columns)}) VALUES ({', '.join(columns.values())})"
-    await database.write([(add, [()])])
+    await database.write([ADD_USAGE])
 
     row = (await database.fetch("SELECT * FROM usage_view"))[0]
 

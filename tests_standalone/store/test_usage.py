@@ -32,9 +32,10 @@ async def summary(
         usage_row(),
         usage_row(cost_nanousd=None, price=None, price_unknown=1, finish_reason=None, counted_by="gateway"),
         usage_row(key_id="key_1", end_user="🙂", session_id="sess_1", conversation_id="conv_1", ended_by="drain"),
+        usage_row(image_input_tokens=10**9, image_output_tokens=7, cache_write_tokens=3, cache_write_1h_tokens=2),
         usage_row(input_tokens=10**9, output_tokens=10**9, cost_nanousd=2**62, ttft_ms=0, stream=1, charged=0),
     ],
-    ids=["plain", "without what may be missing", "with all of it", "large"],
+    ids=["plain", "without what may be missing", "with all of it", "pictures", "large"],
 )
 async def test_a_row_is_stored_as_it_is(migrated: Database, row: UsageRow) -> None:
     await add(migrated, row)

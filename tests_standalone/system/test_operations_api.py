@@ -113,7 +113,7 @@ async def test_a_form_with_files_gets_the_upstreams_model_name(
 
 
 async def test_a_form_without_a_model_passes_as_it_is(client: AsyncOpenAI, upstream: ScriptedUpstream) -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         await client.images.create_variation(image=("a.png", PICTURE))
     assert upstream.tally[0].model is None
 

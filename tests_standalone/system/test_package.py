@@ -71,4 +71,4 @@ def test_the_version_needs_nothing_but_the_command_line() -> None:
     )
     loaded = set(done.stdout.split())
     assert done.stdout.startswith("gateway ")
-    assert not loaded & {"asyncio", "pydantic", "starlette", "aiohttp", "asyncpg", "uvicorn", "yaml"}
+    assert not loaded & {"asyncio", "pydantic", "starlette", "tiktoken", "asyncpg", "uvicorn", "yaml"}

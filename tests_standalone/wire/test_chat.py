@@ -286,6 +286,58 @@ class TestUsage:
         }
         assert Usage.read(told) == Usage(100, 50, 30, 20, 10, 40, 5)
 
+    def test_pictures_and_sound(self) -> None:
+        told = {
+            "prompt_tokens": 100,
+            "completion_tokens": 50,
+            "prompt_tokens_details": {"cached_tokens": 30, "audio_tokens": 10, "image_tokens": 20, "text_tokens": 40},
+            "completion_tokens_details": {"reasoning_tokens": 5, "audio_tokens": 6, "image_tokens": 7},
+        }
+        assert Usage.read(told) == Usage(
+            *(100, 50),
+            cached_tokens=30,
+            audio_input_tokens=10,
+            reasoning_tokens=5,
+            audio_output_tokens=6,
+            image_input_tokens=20,
+            image_output_tokens=7,
+        )
+
+    @pytest.mark.parametrize(
+        ("outside", "drawn"),
+        [
+            ({}, 400),
+            ({"output_tokens_details": None}, 400),
+            ({"output_tokens_details": {"image_tokens": 390, "text_tokens": 10}}, 390),
+            ({"output_tokens_details": {"text_tokens": 400}}, 0),
+        ],
+        ids=["gpt-image-1", "null", "gpt-image-1.5", "only text"],
+    )
+    def test_a_picture_that_was_made(self, outside: dict[str, Any], drawn: int) -> None:
+        inside = {"text_tokens": 100, "image_tokens": 900}
+        told = {"input_tokens": 1000, "output_tokens": 400, "total_tokens": 1400, "input_tokens_details": inside}
+        assert Usage.read(told | outside) == Usage(1000, 400, image_input_tokens=900, image_output_tokens=drawn)
+
+    def test_words_from_sound_are_no_picture(self) -> None:
+        told = {"input_tokens": 9, "output_tokens": 4, "input_token_details": {"text_tokens": 1, "audio_tokens": 8}}
+        assert Usage.read(told) == Usage(9, 4, audio_input_tokens=8)
+
+    @pytest.mark.parametrize(
+        ("creation", "lasting"),
+        [
+            ({"ephemeral_5m_input_tokens": 20, "ephemeral_1h_input_tokens": 40}, 40),
+            ({"ephemeral_1h_input_tokens": 61}, 60),
+            ({"ephemeral_1h_input_tokens": "40"}, 0),
+            ({}, 0),
+            (40, 0),
+            (None, 0),
+        ],
+    )
+    def test_an_hour_in_the_cache_is_a_part_of_what_was_written(self, creation: object, lasting: int) -> None:
+        told = {"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cache_write_tokens": 60}}
+        expected = Usage(100, 1, cache_write_tokens=60, cache_write_1h_tokens=lasting)
+        assert Usage.read(told | {"cache_creation": creation}) == expected
+
     def test_deepseek(self) -> None:
         told = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_cache_hit_tokens": 4, "prompt_cache_miss_tokens": 5}
         assert Usage.read(told) == Usage(9, 1, cached_tokens=4)
@@ -305,7 +357,8 @@ class TestUsage:
 
     @pytest.mark.parametrize("bad", [None, -1, 10**30, "5", 5.0, True, [5], {}])
     def test_details_that_cannot_be_true_are_none(self, bad: object) -> None:
-        parts = {"cached_tokens": bad, "cache_write_tokens": bad, "audio_tokens": bad, "reasoning_tokens": bad}
+        kinds = ("cached_tokens", "cache_write_tokens", "audio_tokens", "image_tokens", "reasoning_tokens")
+        parts = dict.fromkeys(kinds, bad)
         told = {"prompt_tokens": 7, "completion_tokens": 5, "prompt_cache_hit_tokens": bad}
         for details in (parts, bad):
             given = told | {"prompt_tokens_details": details, "completion_tokens_details": details}
@@ -324,25 +377,32 @@ class TestUsage:
     def test_anything(self, told: dict[str, Any]) -> None:
         Usage.read(told)
 
-    @given(st.lists(st.integers(0, 200), min_size=7, max_size=7))
-    def test_no_token_is_counted_twice(self, counts: list[int]) -> None:
-        prompt, completion, cached, written, heard, thought, spoken = counts
+    @given(*[st.integers(0, 200)] * 2, *[st.lists(st.integers(0, 200), min_size=4, max_size=4)] * 2)
+    def test_no_token_is_counted_twice(self, prompt: int, completion: int, ins: list[int], outs: list[int]) -> None:
+        inside = dict(zip(("cached_tokens", "cache_write_tokens", "audio_tokens", "image_tokens"), ins, strict=True))
+        outside = dict(zip(("reasoning_tokens", "audio_tokens", "image_tokens"), outs[:3], strict=True))
         usage = Usage.read(
             {
                 "prompt_tokens": prompt,
                 "completion_tokens": completion,
-                "prompt_tokens_details": {
-                    "cached_tokens": cached,
-                    "cache_write_tokens": written,
-                    "audio_tokens": heard,
-                },
-                "completion_tokens_details": {"reasoning_tokens": thought, "audio_tokens": spoken},
+                "prompt_tokens_details": inside,
+                "completion_tokens_details": outside,
+                "cache_creation": {"ephemeral_1h_input_tokens": outs[3]},
             }
         )
         assert usage is not None
         assert (usage.input_tokens, usage.output_tokens) == (prompt, completion)
-        assert usage.cached_tokens + usage.cache_write_tokens + usage.audio_input_tokens <= prompt
-        assert usage.reasoning_tokens + usage.audio_output_tokens <= completion
+        parts = (
+            usage.cached_tokens,
+            usage.cache_write_tokens,
+            usage.audio_input_tokens,
+            usage.image_input_tokens,
+        )
+        assert sum(parts) == min(prompt, sum(ins))
+        assert usage.reasoning_tokens + usage.audio_output_tokens + usage.image_output_tokens == min(
+            completion, sum(outs[:3])
+        )
+        assert usage.cache_write_1h_tokens == min(outs[3], usage.cache_write_tokens)
 
     def test_written(self) -> None:
         told = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}

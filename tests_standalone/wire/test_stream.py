@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai._streaming import SSEDecoder as OpenAIsDecoder
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
 from gateway.backends.openai import OpenAIDecoder
@@ -26,6 +27,8 @@ EXTRA = {"conversation_id": "conv_1", "timings": {"predicted_n": 6}}
 RIGHT = ("openai_text", "openai_tool_calls", "deepseek", "llama_cpp", "two_choices")
 BROKEN = ("azure", "groq", "vllm", "mistral", "openrouter", "gemini_compat", "local_tools", "qwen")
 SAMPLES = (*RIGHT, *BROKEN)
+WHOLE = tuple(name for name in SAMPLES if name not in ("llama_cpp", "two_choices"))
+"""Whose answers are whole: openai's helper raises for the others, as it should."""
 MADE_ID = re.compile(rb"(?<=call_)[0-9a-f]{24}")
 TEXT = re.compile(rb'"content":"[^"]')
 
@@ -377,6 +380,22 @@ class TestSamples:
         assert all("usage" not in item for item in out[:-1]) or wants_usage
         assert out[-1]["usage"]["cost"] == 0.25
         assert out[-1]["conversation_id"] == "conv_1"
+
+    @pytest.mark.parametrize("name", WHOLE)
+    @pytest.mark.parametrize("wants_usage", [False, True])
+    def test_openais_helper_ends_up_with_what_is_recorded(self, name: str, wants_usage: bool) -> None:
+        stream, state = ChatStream(wants_usage=wants_usage), ChatCompletionStreamState()
+        for item in read(stream.feed(chunks_of(name)) + finish(stream)):
+            state.handle_chunk(ChatCompletionChunk.model_validate(item))
+        choice, message = state.get_final_completion().choices[0], stream.answer.message()
+        assert (choice.finish_reason, choice.message.content or None) == (stream.finish_reason, message["content"])
+        assert [
+            (call.id, call.type, call.function.name, call.function.arguments)
+            for call in choice.message.tool_calls or ()
+        ] == [
+            (call["id"], "function", call["function"]["name"], call["function"]["arguments"])
+            for call in message.get("tool_calls", ())
+        ]
 
     @pytest.mark.parametrize("name", SAMPLES)
     @pytest.mark.parametrize("wants_usage", [False, True])

@@ -1,0 +1,282 @@
+"""One request and its answer: what uvicorn's RequestResponseCycle is to its protocol, with less work for each chunk.
+
+Rules of the answer:
+
+* The head waits for the first piece of the body, so that both leave in one write; but no longer than until the loop
+  comes round. An answer whose body is late shows its status at once.
+* A piece of the body is one write. Before it, `send` waits while the peer has not taken what was written earlier.
+* An application that returns before the end of its answer means it: what it wrote is sent, the closing chunk is not.
+* A body of the request that nobody waited for ends the connection.
+
+Rules of `receive`: as ASGI has it. The callable that the application is given has also a method, `when_gone`, which
+spares those who have read the body a task that waits for `http.disconnect`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent, HTTPScope
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from gateway.server_flow import GatewayFlow, Outlet
+from gateway.server_head import Header, error_body
+
+__all__ = ["GatewayCycle", "Receiver"]
+
+logger = logging.getLogger(__name__)
+
+_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection"})
+_LINES = re.compile(rb'(?:[^\x00-\x1f\x7f()<>@,;:\\\[\]={} \t"]++: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+')
+_ONE_WRITE = 64 * 1024  # a longer body is not copied to stand behind its head
+
+
+class Receiver:
+    """The application's `receive`."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: GatewayCycle) -> None:
+        self._cycle = cycle
+
+    def __call__(self) -> Coroutine[Any, Any, ASGIReceiveEvent]:
+        return self._cycle.receive()
+
+    def when_gone(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Has the loop call this once if the client leaves before its answer is complete, when `receive` would say
+        `http.disconnect`; gives what revokes that. For who has read the request's body. There is one at a time."""
+        return self._cycle.when_gone(call)
+
+
+class GatewayCycle:
+    """`on_response` is called when the answer is complete."""
+
+    def __init__(
+        self,
+        scope: HTTPScope,
+        transport: Outlet,
+        flow: GatewayFlow,
+        loop: asyncio.AbstractEventLoop,
+        default_headers: Iterable[Header],
+        on_response: Callable[[], None],
+        *,
+        expect_100_continue: bool,
+        keep_alive: bool,
+    ) -> None:
+        self.scope = scope
+        self.transport = transport
+        self.flow = flow
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.disconnected = False
+        self.response_started = False
+        self.response_complete = False
+        self._loop = loop
+        self._default_headers = default_headers
+        self._on_response = on_response
+        self._expects_100_continue = expect_100_continue
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._news = False  # since the last `receive`
+        self._wake: asyncio.Event | None = None
+        self._gone: Callable[[], None] | None = None
+        self._head = b""
+        self._chunked = False
+        self._left: int | None = 0  # bytes that the answer's body still has to have; None: as many as come
+
+    async def run_asgi(self, app: ASGI3Application) -> None:
+        try:
+            await app(self.scope, Receiver(self), self.send)
+        except asyncio.CancelledError:  # the drain is over; nobody waits for this task, so it may end quietly
+            await self._fail(503, "service_unavailable_error", "unavailable", "The gateway is shutting down.")
+        except Exception:
+            logger.exception("The application failed")
+            await self._fail(500, "server_error", None, "The gateway failed while it processed the request.")
+        else:
+            if not self.response_started and not self.disconnected:
+                logger.error("The application returned without an answer")
+            await self._fail(500, "server_error", None, "The gateway had no answer to the request.")
+        finally:
+            self._on_response = _nothing
+
+    async def _fail(self, status: int, kind: str, code: str | None, message: str) -> None:
+        """Ends an answer that the application left unfinished; does nothing after a finished one."""
+        if self.response_complete or self.disconnected:
+            return
+        if self.response_started:
+            self.send_head()
+            self.transport.close()
+            return
+        body = error_body(message, kind, code)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers.append((b"connection", b"close"))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    # -- the request -----------------------------------------------------------------------------------------------
+
+    def body_arrived(self, data: bytes) -> None:
+        self._body.append(data)
+        self._body_size += len(data)
+        if self._body_size > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        self._tell()
+
+    def body_ended(self) -> None:
+        self.more_body = False
+        self._tell()
+
+    def disconnect(self) -> None:
+        """The client is gone, or this request will not be complete. Does nothing once the answer is."""
+        if self.response_complete or self.disconnected:
+            return
+        self.disconnected = True
+        self._tell()
+        if self._gone is not None:
+            self._loop.call_soon(self._call_gone)
+
+    async def receive(self) -> ASGIReceiveEvent:
+        if self._expects_100_continue and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._expects_100_continue = False
+        if not self.disconnected and not self.response_complete:
+            self.flow.resume_reading()
+            await self._hear()
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        body, self._body, self._body_size = b"".join(self._body), [], 0
+        return {"type": "http.request", "body": body, "more_body": self.more_body}
+
+    def when_gone(self, call: Callable[[], None]) -> Callable[[], None]:
+        self._gone = call
+        if self.disconnected:
+            self._loop.call_soon(self._call_gone)
+        elif not self.response_complete:
+            self.flow.resume_reading()  # only a connection that is read tells of its end
+        return self._forget_gone
+
+    def _call_gone(self) -> None:
+        call, self._gone = self._gone, None
+        if call is not None:
+            call()
+
+    def _forget_gone(self) -> None:
+        self._gone = None
+
+    def _tell(self) -> None:
+        self._news = True
+        if self._wake is not None:
+            self._wake.set()
+
+    async def _hear(self) -> None:
+        if not self._news:
+            self._wake = self._wake or asyncio.Event()
+            await self._wake.wait()
+        self._news = False
+        if self._wake is not None:
+            self._wake.clear()
+
+    # -- the answer ------------------------------------------------------------------------------------------------
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        if message["type"] == "http.response.body" and self.response_started and not self.response_complete:
+            self._write(message.get("body", b""), message.get("more_body", False))
+        elif message["type"] == "http.response.start" and not self.response_started:
+            self._begin(message["status"], message.get("headers", ()))
+        else:
+            raise RuntimeError(f"{message['type']!r} was sent out of turn, or after the end of the answer.")
+
+    def send_head(self) -> None:
+        """Does nothing if the head is not made yet, or has left."""
+        head, self._head = self._head, b""
+        if head and not self.disconnected:
+            self.transport.write(head)
+
+    def _begin(self, status: int, headers: Iterable[Header]) -> None:
+        self.response_started = True
+        self._expects_100_continue = False
+        framing: dict[bytes, bytes] = {}
+        lines: list[bytes] = []
+        for name, value in (*self._default_headers, *headers):
+            name = name.lower()
+            if name in _FRAMING:
+                framing[name] = value
+            lines += (name, b": ", value, b"\r\n")
+        told = b"".join(lines)
+        if _LINES.fullmatch(told) is None or told.count(b"\r\n") * 4 != len(lines):
+            raise RuntimeError("A header of the answer has a name or a value that is none.")
+        self._head = b"%b%b%b\r\n" % (STATUS_LINE[status], told, self._frame(status, framing))
+        self._loop.call_soon(self.send_head)
+
+    def _frame(self, status: int, told: dict[bytes, bytes]) -> bytes:
+        """Settles how the body is framed and whether the connection goes on. Gives the lines that nobody told."""
+        untold = b""
+        says_close = b"connection" in told and b"close" in told[b"connection"].lower().replace(b" ", b"").split(b",")
+        if says_close:
+            self.keep_alive = False
+        elif not self._goes_on():
+            untold += b"connection: close\r\n"
+        if told.get(b"transfer-encoding", b"").lower() == b"chunked":
+            self._chunked = self.scope["method"] != "HEAD"
+        elif b"content-length" in told:
+            self._left = int(told[b"content-length"])
+        elif self.scope["http_version"] == "1.0":
+            self._left = None
+        elif self.scope["method"] != "HEAD" and status not in (204, 304):
+            self._chunked = True
+            untold += b"transfer-encoding: chunked\r\n"
+        return untold
+
+    def _write(self, body: bytes, more: bool) -> None:
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            if not more:
+                data += b"0\r\n\r\n"
+        else:
+            data = self._counted(body)
+        if self._head and len(data) <= _ONE_WRITE:
+            self._head, data = b"", self._head + data
+        if self._head:
+            self.send_head()
+        if data:
+            self.transport.write(data)
+        if not more:
+            self._complete()
+
+    def _counted(self, body: bytes) -> bytes:
+        if self.scope["method"] == "HEAD":
+            self._left = 0
+            return b""
+        if self._left is not None:
+            if len(body) > self._left:
+                raise RuntimeError("The answer's body is longer than its Content-Length.")
+            self._left -= len(body)
+        return body
+
+    def _complete(self) -> None:
+        if self._left:
+            raise RuntimeError("The answer's body is shorter than its Content-Length.")
+        self.response_complete = True
+        self._tell()
+        if not self._goes_on():
+            self.transport.close()
+        self._on_response()
+
+    def _goes_on(self) -> bool:
+        """Whether the connection has a next request; asked when the answer begins and when it ends."""
+        if self.more_body:
+            self.keep_alive = False
+        return self.keep_alive
+
+
+def _nothing() -> None:
+    return None
