@@ -119,13 +119,13 @@ def when_ready(arbiter: Arbiter) -> None:
         if isinstance(listener.getsockname(), tuple):
             set_inherited_options(listener.sock)
     try:
-        about_keys = asyncio.run(serve._prepare(settings))
+        about_keys = asyncio.run(serve.prepare(settings))
     except ConfigError as failure:
         _say_and_end(failure.problems, arbiter)
     except GatewayError as failure:
         _say_and_end([failure.log or failure.message], arbiter)
     else:
-        serve._print_banner(settings, about_keys, settings.server.port)
+        serve.print_banner(settings, about_keys, settings.server.port)
 
 
 def child_exit(arbiter: Arbiter, worker: Worker) -> None:

@@ -36,7 +36,9 @@ def serve(
     """
     sock = sock or listen(host, port)
     started = partial(on_started, sock.getsockname()[1]) if on_started is not None else None
-    config = server_config(app_factory, factory=True, workers=workers)
+    config = server_config(
+        app_factory, factory=True, workers=workers, backlog=BACKLOG, keep_alive_seconds=KEEP_ALIVE_SECONDS
+    )
     try:
         if workers > 1:
             supervisor = GatewaySupervisor(config, [sock], drain_seconds=drain_seconds, on_started=started)

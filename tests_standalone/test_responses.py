@@ -188,12 +188,17 @@ async def test_a_late_first_chunk_has_its_status_before_it_and_may_ping() -> Non
     assert client.body.endswith(b"lateend")
 
 
-async def test_a_failure_after_a_status_that_left_early_is_told_in_band() -> None:
-    client, exchange = Client(), Exchange(fails(UpstreamError("It broke."), after=0.03))
+async def test_a_failure_is_told_after_a_status_that_is_still_on_its_way() -> None:
+    client, upstream_failed = Client(), asyncio.Event()
+
+    async def read() -> bytes:
+        await upstream_failed.wait()
+        raise UpstreamError("It broke.")
+
     client.reading.clear()
-    task = asyncio.ensure_future(respond(exchange, client, first_chunk_wait=0.01))
-    await asyncio.sleep(0.1)
-    assert not task.done()  # the status itself has to wait for the client
+    task = asyncio.ensure_future(respond(Exchange(read), client, first_chunk_wait=0.01))
+    await asyncio.sleep(0.05)
+    upstream_failed.set()
     client.reading.set()
     await task
     assert [message["type"] for message in client.got] == ["http.response.start", "http.response.body"]

@@ -614,6 +614,27 @@ def test_an_answer_has_a_date_and_does_not_name_the_server(server: Running) -> N
     assert b"\r\nserver:" not in head
 
 
+# -- the start of a process --------------------------------------------------------------------------------------------
+
+
+def test_what_the_start_made_is_not_looked_through_again_by_the_collector_of_cycles() -> None:
+    program = """
+import gc
+from functools import partial
+from tests_standalone.support.tiny_app import make_app
+from gateway.serving import serve
+import os, signal
+
+def started(port):
+    print(gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+serve(partial(make_app, {}), host="127.0.0.1", port=0, workers=1, drain_seconds=1, on_started=started)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[0] == "True True"
+
+
 # -- the end of a process ----------------------------------------------------------------------------------------------
 
 

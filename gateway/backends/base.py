@@ -70,7 +70,6 @@ class OperationReply(Protocol):
         """As of a ChunkStream."""
 
 
-@runtime_checkable
 class Operator(Protocol):
     """A backend that does more than chat."""
 
@@ -85,7 +84,9 @@ class Operator(Protocol):
 
 
 def operations_of(backend: Backend) -> frozenset[str]:
-    return backend.operations if isinstance(backend, Operator) else _CHAT_ALONE
+    """Asked on every call, so not by `isinstance`, which looks at every member of a protocol."""
+    found: frozenset[str] = getattr(backend, "operations", _CHAT_ALONE)
+    return found
 
 
 _CHAT_ALONE = frozenset({CHAT})

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     logs.configure(settings.server.log_format, settings.server.log_level)
     sock = listen(settings.server.host, settings.server.port)  # before a key is made that nobody would see
     with sock:
-        about_keys = asyncio.run(_prepare(settings))
+        about_keys = asyncio.run(prepare(settings))
         metrics.prepare(settings.server.workers)
         return serve(
             functools.partial(worker, settings),
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
             port=settings.server.port,
             workers=settings.server.workers,
             drain_seconds=settings.server.drain_seconds,
-            on_started=functools.partial(_print_banner, settings, about_keys),
+            on_started=functools.partial(print_banner, settings, about_keys),
             sock=sock,
         )
 
@@ -49,7 +49,7 @@ def worker(settings: Settings) -> Gateway:
     return create_app(settings)
 
 
-async def _prepare(settings: Settings) -> str:
+async def prepare(settings: Settings) -> str:
     """Migrates before the workers start, and makes the first admin key where strangers could call; returns what the
     banner says about keys. A database that does not answer is no reason not to start: the workers wait for it."""
     try:
@@ -76,7 +76,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _print_banner(settings: Settings, about_keys: str, port: int) -> None:
+def print_banner(settings: Settings, about_keys: str, port: int) -> None:
     host = settings.server.host
     shown = f"[{host}]" if ":" in host else host
     lines = [

@@ -54,7 +54,10 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 @pytest.fixture
 async def pair(upstream: ScriptedUpstream, start: Start, database_urls: dict[str, str]) -> GunicornProcess:
     """Two workers on PostgreSQL, in front of the upstream."""
-    return await start(in_front_of(upstream, database_urls["postgres"], workers=2))
+    gateway = await start(in_front_of(upstream, database_urls["postgres"], workers=2))
+    while len(gateway.worker_pids()) < 2:  # one of them answers already
+        await asyncio.sleep(0.02)
+    return gateway
 
 
 class Held:
