@@ -31,7 +31,7 @@ from gateway.errors import ConfigError, DatabaseUnavailable
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics, public_names
 from gateway.middleware import CORS, ErrorBoundary, Observed, OnePath, not_found
-from gateway.responses import Receive, Scope, Send
+from gateway.responses import Message, Receive, Scope, Send
 from gateway.store.connect import database_at
 from gateway.store.database import Database
 from gateway.store.migrate import SchemaMismatch, migrate, pending
@@ -49,15 +49,33 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.drain = Drain()
+        self._problems: list[str] = []
         routes = [route for dialect in DIALECTS for route in dialect.routes()]
         self._router = Router(routes, redirect_slashes=False, default=not_found, lifespan=self._lifespan)
         inner = ErrorBoundary(OnePath(self._routed))
         self._app = CORS(Observed(inner, settings.server.trusted_proxies), settings.server.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
         if scope["type"] == "http":
             scope.setdefault("state", {})
         await self._app(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What keeps the gateway from starting is said in lines that name the setting, without a traceback."""
+
+        async def plainly(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and self._problems:
+                message = {**message, "message": "; ".join(self._problems)}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, plainly)
+        except ConfigError:
+            if not self._problems:
+                raise
 
     async def _routed(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # makes the router raise for a wrong method instead of answering in plain text
@@ -73,7 +91,11 @@ class Gateway:
         )
         transports = {path: HTTPTransport(path) for path in ca_files(settings)}
         counter = TokenCounter()
-        catalog = build_catalog(settings, transports)
+        try:
+            catalog = build_catalog(settings, transports)
+        except ConfigError as failure:
+            self._problems = failure.problems
+            raise
         metrics = Metrics(public_names(catalog, settings.models), __version__)
         ledger, admission, readiness = Ledger(database, metrics), Admission(database), Readiness()
         services = Services(

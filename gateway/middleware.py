@@ -215,19 +215,22 @@ class ErrorBoundary:
         try:
             await self._app(scope, receive, watched)
         except Exception as raised:
-            failure = _as_gateway_error(raised)
-            request_id = scope["state"].get("request_id")
-            unforeseen = failure.status == 500
-            if failure.log or unforeseen:
-                log.log(
-                    logging.ERROR if unforeseen else logging.WARNING,
-                    "%s: %s",
-                    request_id,
-                    failure.log or failure.message,
-                    exc_info=raised if unforeseen else None,
-                )
-            if not started:
-                await send_error(send, failure, _closing(scope))
+            await self._answer(raised, scope, send, started=started)
+
+    async def _answer(self, raised: Exception, scope: Scope, send: Send, *, started: bool) -> None:
+        """In a frame of its own: one that holds the failure and is held by it would keep the request for a while."""
+        failure = _as_gateway_error(raised)
+        unforeseen = failure.status == 500
+        if failure.log or unforeseen:
+            log.log(
+                logging.ERROR if unforeseen else logging.WARNING,
+                "%s: %s",
+                scope["state"].get("request_id"),
+                failure.log or failure.message,
+                exc_info=raised if unforeseen else None,
+            )
+        if not started:
+            await send_error(send, failure, _closing(scope))
 
 
 class OnePath:

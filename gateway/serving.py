@@ -30,7 +30,7 @@ def serve(
     on_started: Callable[[int], None] | None = None,
     sock: socket.socket | None = None,
 ) -> int:
-    """Serves until a signal ends it, and returns the exit status. Port 0 picks a free one; `sock` listens already.
+    """Serves until a signal ends it, and returns the exit status: 0, or 1 if it could not. Port 0 picks a free one; `sock` listens already.
 
     `on_started(port)` is called once, when the server answers. With more than one worker `app_factory` is pickled.
     """
@@ -43,12 +43,12 @@ def serve(
         if workers > 1:
             supervisor = GatewaySupervisor(config, [sock], drain_seconds=drain_seconds, on_started=started)
             supervisor.run()
-            return supervisor.exit_code
+            return 1 if supervisor.exit_code else 0
         GatewayServer(config, drain_seconds=drain_seconds, on_started=started).run([sock])
     except asyncio.CancelledError:  # a second signal while the application was starting
         return 1
     except SystemExit as exit_:  # uvicorn's way to say that the application did not start
-        return exit_.code if isinstance(exit_.code, int) else 1
+        return 1 if exit_.code else 0
     finally:
         sock.close()
     return 0
