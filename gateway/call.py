@@ -28,7 +28,7 @@ from gateway.conversations import Talk
 from gateway.drain import Drain
 from gateway.errors import UNSENT, BadRequest, GatewayError, NeverSent, Unavailable, UpstreamError, UpstreamUnreachable
 from gateway.ledger import Ledger, Turn
-from gateway.metering import Meter, Outcome, nothing, told_tier
+from gateway.metering import Meter, Outcome, nothing
 from gateway.store.usage import UsageRow
 from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Message, Usage
@@ -175,9 +175,11 @@ class Call(Generic[R]):
         try:
             return await work
         except asyncio.CancelledError as cancelled:
-            if not self._interrupted or task.uncancel() > before:
+            if not self._interrupted:
                 raise
             self._interrupted = False
+            if task.uncancel() > before:  # somebody else cancels, too
+                raise
             kind = NeverSent if UNSENT in cancelled.args else UpstreamError
             raise kind("The call was broken off.", log=self.stopped) from None
         except NeverSent:
@@ -212,6 +214,10 @@ class Call(Generic[R]):
         """What was used, for an upstream that did not say."""
         raise NotImplementedError
 
+    def _hurried(self) -> bool:
+        """Is the worker ending? Then a record must not wait for exact figures."""
+        return self.stopped == "interrupted"
+
     @property
     def _counted_model(self) -> str:
         return self.route.upstream_model if self.route is not None else self.job.model.name
@@ -220,7 +226,6 @@ class Call(Generic[R]):
         usage = told or await self._estimate(answers)
         finish_reason = reason if isinstance(reason, str) else None
         outcome = Outcome("ok", usage, "upstream" if told else "gateway", finish_reason)
-        outcome.service_tier = told_tier(None, self.job.request.data.get("service_tier"))
         if self.stopped is not None:
             outcome.status = outcome.finish_reason = self.stopped
             outcome.ended_by = self.policy if self.stopped == "client_disconnected" else None
@@ -290,6 +295,8 @@ class Call(Generic[R]):
 
 def _names_others(request: ChatRequest | OperationRequest) -> bool:
     """Might an upstream that reads a doubled key in its own way find another model in it?"""
+    if isinstance(request, OperationRequest) and request.form is not None:
+        return False  # it cannot be named twice there
     return request.model is not None and (request.raw.count(b'"model"') > 1 or b"\\u006" in request.raw)
 
 

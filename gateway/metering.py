@@ -35,9 +35,10 @@ def nothing(status: Status, *, cost_unknown: bool = False) -> Outcome:
     return Outcome(status, Usage(), "gateway", None, cost_unknown=cost_unknown)
 
 
-def told_tier(*told: object) -> str | None:
-    """The first `service_tier` that was told: give the reply's, then the request's."""
-    return next((tier for tier in told if isinstance(tier, str)), None)
+def told_tier(told: object) -> str | None:
+    """The `service_tier` of a reply. What the request asked for is not believed: it would be the client who says what
+    its call costs."""
+    return told if isinstance(told, str) else None
 
 
 class Meter:

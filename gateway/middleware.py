@@ -242,7 +242,7 @@ class OnePath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            azure = _AZURE.fullmatch(scope["path"].rstrip("/"))
+            azure = _AZURE.fullmatch(_SLASHES.sub("/", scope["path"]).rstrip("/"))
             if azure is not None and azure[1] is not None:
                 scope["state"]["deployment"] = azure[1]
             scope["path"] = one_path(scope["path"])

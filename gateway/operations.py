@@ -22,6 +22,7 @@ from gateway.wire.jsontext import dumps, loads
 from gateway.wire.operation import EMBEDDINGS, MODERATIONS, SPEECH, OperationRequest
 
 MAX_REPLY = 64 << 20
+_LARGE = 256 << 10
 _COUNTED = frozenset({EMBEDDINGS, MODERATIONS})
 """Operations whose whole use is their input."""
 _BLANK_LINES = (b"\n\n", b"\n\r\n", b"\r\r")
@@ -100,10 +101,7 @@ class OperationExchange(Call[OperationRequest]):
     async def _whole(self, body: bytes) -> bytes:
         self.ended = True
         self._stop_timer()
-        try:
-            data: Any = loads(body)
-        except ValueError:
-            data = None
+        data = _members(body)
         told = data.get("usage") if isinstance(data, dict) else None
         outcome = await self._outcome(Usage.read(told), [], None)
         row = self._row(outcome)
@@ -183,12 +181,23 @@ class OperationExchange(Call[OperationRequest]):
     async def _estimate(self, answers: list[Message]) -> Usage:
         data, operation = self.job.request.data, self.job.request.operation
         texts, tokens = take_apart(data.get("input")) if operation in (*_COUNTED, SPEECH) else ([], 0)
-        return Usage(input_tokens=tokens + await self._relay.counter.text(self._counted_model, texts))
+        return Usage(
+            input_tokens=tokens + await self._relay.counter.text(self._counted_model, texts, hurried=self._hurried)
+        )
 
 
 def _end_of_events(text: bytearray, start: int) -> int:
     """Where the last blank line from `start` on ends; 0: there is none."""
     return max((at + len(mark) for mark in _BLANK_LINES if (at := text.rfind(mark, start)) >= 0), default=0)
+
+
+def _members(body: bytes) -> Any:
+    """What the reply parses to; of a large one only `usage`, where that can be found without the rest."""
+    try:
+        place = splice.sole_value(body, "usage") if len(body) > _LARGE else None
+        return loads(body) if place is None else {"usage": loads(body[place[0] : place[1]])}
+    except ValueError:
+        return None
 
 
 async def _pieces(reply: OperationReply) -> Any:

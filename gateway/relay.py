@@ -25,6 +25,8 @@ DRAIN_CHARACTERS = 4 * 2000
 class Exchange(Call[ChatRequest]):
     """A whole chat reply, or the reply of the older completions."""
 
+    _served_as: str | None = None
+
     async def complete(self) -> Reply:
         """The whole reply, recorded. Raises GatewayError."""
         with self._relay.drain.entered(self.interrupt):
@@ -38,6 +40,7 @@ class Exchange(Call[ChatRequest]):
 
     async def _complete_once(self, route: Route, request: ChatRequest) -> Completion:
         completion = await route.backend.complete(request)
+        self._served_as = told_tier(completion.data.get("service_tier"))  # before it is mended
         try:
             return repair.completion(completion, model=route.upstream_model, at=self.job.at // 1000)
         except StreamedError as failure:
@@ -48,16 +51,18 @@ class Exchange(Call[ChatRequest]):
         if isinstance(request, CompletionRequest):
             texts, tokens = take_apart(request.data.get("prompt"))
             said = [text_of(answer.get("content")) for answer in answers]
-            asked = tokens + await count.text(self._counted_model, texts)
-            return Usage(input_tokens=asked, output_tokens=await count.text(self._counted_model, said))
-        return await count.usage(self._counted_model, request.messages, answers, tools=request.data.get("tools"))
+            asked = tokens + await count.text(self._counted_model, texts, hurried=self._hurried)
+            told = await count.text(self._counted_model, said, hurried=self._hurried)
+            return Usage(input_tokens=asked, output_tokens=told)
+        tools = request.data.get("tools")
+        return await count.usage(self._counted_model, request.messages, answers, tools=tools, hurried=self._hurried)
 
     async def _record_completion(self, completion: Completion) -> Reply:
         choices = [choice for choice in completion.data["choices"] if isinstance(choice, dict)]
         answers: list[Message] = [_message(choice) for choice in choices]
         reason = choices[0].get("finish_reason") if choices else None
         outcome = await self._outcome(Usage.read(completion.data.get("usage")), answers, reason)
-        outcome.service_tier = told_tier(completion.data.get("service_tier"), self.job.request.data.get("service_tier"))
+        outcome.service_tier = self._served_as
         row = self._row(outcome)
         await self._record(answers[0] if answers else None, row)
         return Reply(self._reply_body(completion, outcome, row), usd(row.cost_nanousd))
@@ -210,7 +215,7 @@ class StreamExchange(Exchange):
     async def _stream_outcome(self) -> Outcome:
         answers = [self._editor.answer.message(index) for index in self._editor.answer.indexes]
         outcome = await self._outcome(self._editor.usage, answers, self._editor.finish_reason)
-        outcome.service_tier = told_tier(self._editor.service_tier, self.job.request.data.get("service_tier"))
+        outcome.service_tier = self._editor.service_tier
         outcome.ttft_ms = self._ttft_ms
         return outcome
 

@@ -30,7 +30,8 @@ def serve(
     on_started: Callable[[int], None] | None = None,
     sock: socket.socket | None = None,
 ) -> int:
-    """Serves until a signal ends it, and returns the exit status: 0, or 1 if it could not. Port 0 picks a free one; `sock` listens already.
+    """Serves until a signal ends it, and returns the exit status: 0, or 1 if it could not. Port 0 picks a free one;
+    `sock` listens already.
 
     `on_started(port)` is called once, when the server answers. With more than one worker `app_factory` is pickled.
     """

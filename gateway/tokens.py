@@ -41,6 +41,7 @@ log = logging.getLogger("gateway.tokens")
 
 CHARACTERS_PER_TOKEN = 4
 SLICE = 16_384
+MOST_SECONDS = 3.0
 _AT_ONCE = 1_000
 _PER_PIECE = 16  # a piece costs time even if it is empty; in characters
 _MESSAGE, _NAME, _ANSWER = 4, 1, 3
@@ -82,17 +83,24 @@ class TokenCounter:
         self._thread: ThreadPoolExecutor | None = None
 
     async def usage(
-        self, model: str, messages: Sequence[Message], answers: Sequence[Message], *, tools: object = None
+        self,
+        model: str,
+        messages: Sequence[Message],
+        answers: Sequence[Message],
+        *,
+        tools: object = None,
+        hurried: Callable[[], bool] = lambda: False,
     ) -> Usage:
-        """Of a chat: everything that was sent to the model, and all choices that it gave."""
+        """Of a chat: everything that was sent to the model, and all choices that it gave. Once `hurried`, or after
+        `MOST_SECONDS`, what is left is estimated: a record must not come too late for the sake of its figures."""
         return Usage(
-            input_tokens=await self._count(model, lambda: _prompt(messages, tools)),
-            output_tokens=await self._count(model, lambda: _answers(answers)),
+            input_tokens=await self._count(model, lambda: _prompt(messages, tools), hurried),
+            output_tokens=await self._count(model, lambda: _answers(answers), hurried),
         )
 
-    async def text(self, model: str, texts: Sequence[str]) -> int:
+    async def text(self, model: str, texts: Sequence[str], *, hurried: Callable[[], bool] = lambda: False) -> int:
         """Of plain texts, as in completions, embeddings and speech."""
-        return await self._count(model, lambda: ((text, 0) for text in texts))
+        return await self._count(model, lambda: ((text, 0) for text in texts), hurried)
 
     def close(self) -> None:
         """Ends the thread when what it was given is done."""
@@ -100,15 +108,19 @@ class TokenCounter:
             self._thread.shutdown(wait=False)
             self._thread = None
 
-    async def _count(self, model: str, pieces: Callable[[], Iterator[Piece]]) -> int:
+    async def _count(self, model: str, pieces: Callable[[], Iterator[Piece]], hurried: Callable[[], bool]) -> int:
         tally = _Tally(pieces())
         if self._encodings.knows(model) and _is_short(pieces()):
             while tally.take(self._encodings.find(model)):
                 pass
             return tally.tokens
         loop = asyncio.get_running_loop()
-        while await loop.run_in_executor(self._executor(), lambda: tally.take(self._encodings.find(model))):
-            pass
+        end = loop.time() + MOST_SECONDS
+        left = True
+        while left and not hurried() and loop.time() < end:
+            left = await loop.run_in_executor(self._executor(), lambda: tally.take(self._encodings.find(model)))
+        while left:
+            left = tally.take(None)
         return tally.tokens
 
     def _executor(self) -> ThreadPoolExecutor:

@@ -730,8 +730,8 @@ def test_a_second_signal_ends_a_start_that_hangs(start: Start) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_application_that_cannot_start_ends_the_server_with_status_3(start: Start, workers: int) -> None:
-    assert start(workers=workers, fail=True).ended() == 3
+def test_an_application_that_cannot_start_ends_the_server_with_status_1(start: Start, workers: int) -> None:
+    assert start(workers=workers, fail=True).ended() == 1
 
 
 # -- the supervisor ----------------------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from gateway.catalog import Catalog, Model
 from gateway.config import Settings
 from gateway.conversations import Conversations
 from gateway.drain import Drain
-from gateway.errors import BadRequest, BodyTooLarge, Unavailable, UnsupportedMediaType
+from gateway.errors import BadRequest, BodyTooLarge, PermissionDenied, Unavailable, UnsupportedMediaType
 from gateway.middleware import header
 from gateway.responses import Header, Receive, Scope, header_value
 from gateway.store.database import Database
+
+_NAMES_MODELS = frozenset({"models", "fallbacks"})
 
 
 class Readiness:
@@ -70,14 +72,18 @@ async def identify(scope: Scope) -> Caller:
 async def find_model(scope: Scope, caller: Caller, name: str | None, assumed: str | None = None) -> Model:
     """The model that a request names, in its body or its path; else the assumed one, else the default. Raises
     ModelNotFound, PermissionDenied."""
-    model = await services(scope).catalog.resolve(name or scope["state"].get("deployment") or assumed)
+    asked = name or scope["state"].get("deployment")
+    model = await services(scope).catalog.resolve(asked or assumed)
     scope["state"]["model"] = model.name
-    caller.check_model(model.name, name)
+    caller.check_model(model.name, asked)
     return model
 
 
-def check_refused(found: Services, model: Model, data: Mapping[str, Any]) -> None:
-    """Raises BadRequest for a field that a backend of the model does not take."""
+def check_refused(found: Services, caller: Caller, model: Model, data: Mapping[str, Any]) -> None:
+    """Raises BadRequest for a field that a backend of the model does not take, and PermissionDenied for one by which a
+    key for some models could name others (OpenRouter's `models`)."""
+    if caller.models is not None and _NAMES_MODELS & data.keys():
+        raise PermissionDenied("This key is for certain models, so 'models' and 'fallbacks' cannot be sent with it.")
     refused = next((key for route in found.catalog.routes(model) for key in route.refuse & data.keys()), None)
     if refused is not None:
         raise BadRequest(f"'{refused}' is not accepted by this gateway.", param=refused, code="unsupported_parameter")

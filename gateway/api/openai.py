@@ -73,7 +73,7 @@ class ChatCompletions:
         self, scope: Scope, found: Services, caller: Caller, request: ChatRequest, started: float
     ) -> Job[ChatRequest]:
         model = await find_model(scope, caller, request.model)
-        check_refused(found, model, request.data)
+        check_refused(found, caller, model, request.data)
         _check_policy(found, request)
         named = end_user(scope, request.data)
         talk = await self._talk(found, caller, request, named)

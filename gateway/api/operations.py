@@ -50,7 +50,7 @@ class Operation:
         _check(request)
         assumed = None if request.model or scope["state"].get("deployment") else _ASSUMED.get(self.operation)
         model = await find_model(scope, caller, request.model, assumed)
-        check_refused(found, model, request.data)
+        check_refused(found, caller, model, request.data)
         named = end_user(scope, request.data)
         request_id = scope["state"]["request_id"]
         job = Job(request_id, caller, named, model, request, None, assumed_model=assumed, started=started)

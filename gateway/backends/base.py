@@ -70,6 +70,7 @@ class OperationReply(Protocol):
         """As of a ChunkStream."""
 
 
+@runtime_checkable
 class Operator(Protocol):
     """A backend that does more than chat."""
 

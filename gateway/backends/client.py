@@ -13,7 +13,7 @@ Rules:
 - Redirects are not followed, cookies not kept, proxies of the environment not used.
 - A connection is used again only after a reply of known length came to a clean end and the whole request was sent;
   never after an error, an end that was not asked for, or bytes that belong to no reply. Before a connection that was
-  idle for more than a second is used, the kernel is asked whether the upstream has hung up.
+  idle is used, the kernel is asked whether the upstream has hung up.
 - The upstream may still hang up while a request is on its way to it. If not a byte of a reply has come then, a GET or
   HEAD on a connection that was used before is sent once again on a new one. Anything else is not: nobody can know
   whether the upstream has read it and begun to work, so it is an UpstreamError, and the relay decides.
@@ -52,7 +52,7 @@ class HTTPTransport:
         ca_file: str | None = None,
         *,
         client_cert: tuple[str, str] | None = None,
-        max_connections_per_origin: int = 1000,
+        max_connections_per_origin: int = 20_000,
         idle_seconds: float = 15,
     ) -> None:
         """`client_cert`: files of a chain and of its key. Raises OSError for files that cannot be used."""

@@ -21,7 +21,6 @@ from gateway.backends.client_reply import Reply
 from gateway.backends.transport import Timeouts
 
 WRITE_PIECE = 1 << 18
-FRESH_SECONDS = 1.0
 _TICK = 0.001
 """What a loop's timer may be early."""
 _KEEP_ALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -53,7 +52,6 @@ class Connection(asyncio.Protocol):
         self._unsent: memoryview | None = None
         self._cut_short = False
         self._choked = False
-        self._idle_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._due = math.inf
@@ -76,12 +74,11 @@ class Connection(asyncio.Protocol):
         """May an exchange begin? Nothing came and nobody hung up since the last one, as far as the kernel knows."""
         if not self.open or self.transport.is_closing():
             return False
-        return self._loop.time() - self._idle_since < FRESH_SECONDS or not self._readable()
+        return not self._readable()
 
     def wait_idle(self, seconds: float) -> None:
         """Closes itself if no exchange begins for so long."""
-        self._idle_since = self._loop.time()
-        self.due(self._idle_since + seconds)
+        self.due(self._loop.time() + seconds)
 
     def drop(self) -> None:
         if self.open:

@@ -19,11 +19,13 @@ from gateway.backends.transport import Response, Timeouts, Transport
 from gateway.errors import UpstreamError
 from gateway.wire import WireError
 from gateway.wire.chat import ChatRequest, Chunk, Completion
-from gateway.wire.operation import OperationRequest
+from gateway.wire.operation import OperationRequest, may_answer
 
 MAX_REPLY = 64 << 20
 MAX_ERROR = 64 << 10
 TAIL_SECONDS = 1.0
+_SECRET_LENGTH = 8
+_HARMLESS = frozenset({"accept", "accept-encoding", "content-type", "user-agent"})
 TAIL_READS = 16
 _NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,9})?")
 
@@ -132,6 +134,10 @@ class HTTPBackend:
     async def operate(self, request: OperationRequest) -> OperationReply:
         response = await self._send(self._translator.operation_request(request))
         content_type = response.headers.get("content-type", "application/octet-stream")
+        if not may_answer(request.operation, content_type):
+            response.close()
+            kind = content_type.partition(";")[0][:80]
+            raise UpstreamError("The upstream sent something that is no valid reply.", log=f"content-type {kind!r}")
         if not is_json(content_type):
             return PassedReply(content_type, response)
         try:
@@ -167,6 +173,7 @@ class HTTPBackend:
         finally:
             response.close()
         failure = self._translator.error(response.status, response.headers, body)
+        failure.message = _without_secrets(failure.message, headers)
         failure.retry_after = retry_after({**failure.headers, **_timing(response.headers)})
         raise failure
 
@@ -251,6 +258,16 @@ class WholeReply:
 
     async def close(self) -> None:
         pass
+
+
+def _without_secrets(message: str, headers: Mapping[str, str]) -> str:
+    """An upstream's words may quote the head of our request, which holds the operator's key."""
+    for name, value in headers.items():
+        if name.lower() not in _HARMLESS:
+            for word in value.split():
+                if len(word) >= _SECRET_LENGTH:
+                    message = message.replace(word, "***")
+    return message
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -20,6 +20,9 @@ from gateway.wire.failures import error_from, error_in, streamed_error
 from gateway.wire.jsontext import loads
 from gateway.wire.operation import EMBEDDINGS, OPERATIONS, OperationRequest
 
+_LARGE = 256 << 10
+"""Bytes of a reply that are not parsed without need: others wait meanwhile."""
+
 
 class OpenAITranslator:
     """Pure: OpenAI's API over HTTP, in the dialect of one upstream (`adapter`)."""
@@ -81,11 +84,14 @@ class OpenAITranslator:
         return HTTPRequest("POST", self._path(request.operation, request.model or ""), headers, request.raw)
 
     def operation_reply(self, request: OperationRequest, body: bytes) -> bytes:
+        encoding = request.data.get("encoding_format")
+        if len(body) > _LARGE and (request.operation != EMBEDDINGS or floats.are_as_asked(body, encoding)):
+            return body
         data = _object(body)
         if data.get("error") and "data" not in data:
             raise streamed_error(data["error"])
         if request.operation == EMBEDDINGS:
-            return floats.as_asked(body, data, request.data.get("encoding_format"))
+            return floats.as_asked(body, data, encoding)
         return body
 
     def error(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:

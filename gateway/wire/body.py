@@ -23,6 +23,9 @@ def read_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadRequest("The body must be a JSON object.", code="invalid_json")
     _check_numbers(raw)
+    for key in data:
+        if len(key) == 5 and key != "model" and key.casefold() == "model":
+            raise BadRequest(f"'{key}' must be written 'model': upstreams differ in how they read it.", param=key)
     return data
 
 

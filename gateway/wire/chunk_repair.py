@@ -247,7 +247,8 @@ def _call_of(calls: list[_Call], piece: Json) -> _Call | None:
     key, told_id, name = piece.get("index"), piece.get("id") or None, _name(piece)
     if is_count(key):
         call = next((call for call in reversed(calls) if call.key == key), None)
-        if call is not None and name and told_id not in (None, call.told_id) and call.complete:
+        another = call is not None and name and told_id not in (None, call.told_id)
+        if call is not None and another and (call.complete or (name != call.name and not any(call.arguments))):
             return None
         return call
     if told_id is not None:

@@ -18,6 +18,8 @@ MAX_TEXT = 1 << 20
 MOST_OPTIONS = 20
 _OPTION = re.compile(rb';[ \t]*([^\s"=;]+)=(?:"((?:[^"\\]|\\.)*+)"|([^\s";]*))[ \t]*', re.DOTALL)
 _FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,199}[0-9A-Za-z'()+_,./:=?-]")
+"""What RFC 2046 allows, and more of it: others would be read in another way by somebody."""
 _ODD_LINE = re.compile(rb"\r(?!\n)|(?<!\r)\n|\r\n[ \t]|\0")
 """What some take for the end of a header, or for its continuation, and others do not."""
 
@@ -45,8 +47,8 @@ class Form:
     def parse(cls, content_type: str, raw: bytes) -> Form:
         """Raises BadRequest for a body that is no form, or not a whole one."""
         boundary = _options(content_type.encode("latin-1", "replace"))[1].get(b"boundary", b"")
-        if not 0 < len(boundary) <= 200:
-            raise BadRequest("The form's Content-Type names no boundary.", code="invalid_form")
+        if not _BOUNDARY.fullmatch(boundary):
+            raise BadRequest("The form's Content-Type names no boundary, or an odd one.", code="invalid_form")
         parts = tuple(_parts(raw, boundary))
         texts = {}
         for part in parts:
@@ -72,10 +74,10 @@ class Form:
 
 def _first(raw: bytes, delimiter: bytes) -> int:
     """Where the first boundary begins."""
-    at = 0 if raw.startswith(delimiter) else raw.find(b"\r\n" + delimiter) + 2
-    if at == 1:
-        raise BadRequest("The form does not begin with its boundary.", code="invalid_form")
-    return at
+    for before in (b"", b"\r\n"):
+        if raw.startswith(before + delimiter):
+            return len(before)
+    raise BadRequest("The form does not begin with its boundary.", code="invalid_form")
 
 
 def _parts(raw: bytes, boundary: bytes) -> Iterator[Part]:

@@ -27,6 +27,26 @@ OPERATIONS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, MODERATIONS, SPEECH, *IMA
 """All that OpenAI's API knows, by the path behind its base URL."""
 
 
+_JSON, _EVENTS, _UNNAMED = "application/json", "text/event-stream", "application/octet-stream"
+_REPLIES = {
+    EMBEDDINGS: (_JSON,),
+    MODERATIONS: (_JSON,),
+    SPEECH: ("audio/", _UNNAMED, _EVENTS),
+    **dict.fromkeys(IMAGES, (_JSON, _EVENTS)),
+    **dict.fromkeys(TRANSCRIPTS, (_JSON, _EVENTS, "text/", "application/x-subrip", _UNNAMED)),
+}
+
+
+def may_answer(operation: str, content_type: str) -> bool:
+    """Is the operation answered in that type? The page of a login or of a proxy is no answer, whatever its status."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind in ("text/html", "application/xhtml+xml"):
+        return False
+    return kind.endswith("+json") or any(
+        kind == known or (known.endswith("/") and kind.startswith(known)) for known in _REPLIES.get(operation, ())
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class OperationRequest:
     """A request to one of the operations. `data` are the members of its JSON object, or the texts of its form."""
@@ -42,8 +62,11 @@ class OperationRequest:
         """Raises BadRequest."""
         if content_type.partition(";")[0].strip().lower() == "multipart/form-data":
             form = Form.parse(content_type, raw)
-            if any(part.name == "model" and part.filename is not None for part in form.parts):
+            models = [part for part in form.parts if part.name.casefold() == "model"]
+            if any(part.filename is not None for part in models):
                 raise BadRequest("'model' must be a text, not a file.", param="model", code="invalid_type")
+            if len(models) > 1 or any(part.name != "model" for part in models):
+                raise BadRequest("The form must name one 'model', in small letters.", param="model")
             request = cls(operation, content_type, raw, form.texts, form)
         else:
             request = cls(operation, content_type, raw, read_object(raw))

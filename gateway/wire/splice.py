@@ -58,7 +58,7 @@ def _member(raw: bytes, key_at: tuple[str, int], value_at: int, stop: int) -> Me
     )
 
 
-def _sole_value(raw: bytes, key: str) -> tuple[int, int] | None:
+def sole_value(raw: bytes, key: str) -> tuple[int, int] | None:
     """Where the value of a top-level key stands, found without a look at the rest; None: look at all of it.
 
     A key that stands once in the text, and is there at the top, is that one: inside a text its quotes would be escaped.
@@ -111,7 +111,7 @@ def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> 
 def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> bytes:
     if len(changes) == 1:
         ((key, text),) = changes.items()
-        found = None if text is None else _sole_value(raw, key)
+        found = None if text is None else sole_value(raw, key)
         if text is not None and found is not None:
             start, end = found
             return b"".join((raw[:start], _text(text, raw[start:end]), raw[end:]))

@@ -184,9 +184,8 @@ class TestHungUp:
             assert await call(client, upstream.url) == b"ok"
             assert len(upstream.peers) == 2
 
-    async def test_noticed_by_asking_the_kernel(self, client: HTTPTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_noticed_by_asking_the_kernel(self, client: HTTPTransport) -> None:
         """The end of the connection is there, but the loop has not told it yet."""
-        monkeypatch.setattr("gateway.backends.client_protocol.FRESH_SECONDS", 0)
         async with raw_upstream(answering(OK, OK)) as upstream:
             assert await call(client, upstream.url) == b"ok"
             _hang_up_behind_the_loop(upstream.peers[0])

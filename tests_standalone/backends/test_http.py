@@ -111,7 +111,7 @@ async def test_a_reply_that_is_closed_early_is_broken_off(transport: HTTPTranspo
     [
         (b"content-type: text/plain; charset=utf-8\r\n", "text/plain; charset=utf-8"),
         (b"", "application/octet-stream"),
-        (b"content-type: application/jsonl\r\n", "application/jsonl"),
+        (b"content-type: application/x-subrip\r\n", "application/x-subrip"),
     ],
 )
 async def test_types_that_pass(head: bytes, content_type: str, transport: HTTPTransport) -> None:
@@ -123,6 +123,41 @@ async def test_types_that_pass(head: bytes, content_type: str, transport: HTTPTr
         reply = await at(upstream.base, transport).operate(request("audio/transcriptions"))
         assert (reply.content_type, await read_all(reply)) == (content_type, b"text")
         await reply.close()
+
+
+@pytest.mark.parametrize(
+    ("operation", "content_type"),
+    [
+        ("embeddings", b"text/html; charset=utf-8"),
+        ("embeddings", b"text/event-stream"),
+        ("audio/transcriptions", b"Text/HTML"),
+        ("audio/speech", b"text/plain"),
+        ("images/generations", b"application/jsonl"),
+    ],
+)
+async def test_the_page_of_a_proxy_is_no_answer(operation: str, content_type: bytes, transport: HTTPTransport) -> None:
+    async def page(peer: Peer) -> None:
+        await peer.request()
+        peer.send(b"HTTP/1.1 200 OK\r\ncontent-type: " + content_type + b"\r\ncontent-length: 6\r\n\r\n<html>")
+
+    async with raw_upstream(page) as upstream:
+        with pytest.raises(UpstreamError) as caught:
+            await at(upstream.base, transport).operate(request(operation))
+    assert caught.value.status == 502
+
+
+async def test_the_words_of_an_upstream_never_hold_our_key(transport: HTTPTransport) -> None:
+    async def tell_tale(peer: Peer) -> None:
+        head, _ = await peer.request(), None
+        peer.send(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 62\r\n\r\n")
+        peer.send(b'{"error":{"message":"no such key: sk-upstream-secret, friend"}}'[:62])
+
+    backend = HTTPBackend("up", "", OpenAITranslator("sk-upstream-secret"), transport)
+    async with raw_upstream(tell_tale) as upstream:
+        backend = HTTPBackend("up", upstream.base, OpenAITranslator("sk-upstream-secret"), transport)
+        with pytest.raises(UpstreamError) as caught:
+            await backend.operate(request("embeddings"))
+    assert "sk-upstream" not in caught.value.message
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"data":[{}]}'])

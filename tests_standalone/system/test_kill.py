@@ -32,10 +32,10 @@ async def test_nothing_acknowledged_is_lost(upstream: ScriptedUpstream, start: S
     for _ in range(KILLS):
         before = len(seen)
         await asyncio.sleep(chance.uniform(0.0, 0.3))
-        while len(seen) == before or not gateway.worker_pids():  # somebody must be serving to be killed under load
+        while len(seen) == before or not (pids := gateway.worker_pids()):  # who is killed must be serving under load
             await asyncio.sleep(0.01)
         with suppress(ProcessLookupError):
-            os.kill(chance.choice(gateway.worker_pids()), signal.SIGKILL)
+            os.kill(chance.choice(pids), signal.SIGKILL)
     done.set()
     await asyncio.gather(*clients)
     assert await end(gateway) == 0
