@@ -100,6 +100,7 @@ class Call(Generic[R]):
         self._committed = False
         self._broken_off = False
         self._interrupted = False
+        self._out_of_time = False
         self._timer: asyncio.TimerHandle | None = None
 
     def status_sent(self) -> None:
@@ -119,6 +120,7 @@ class Call(Generic[R]):
     def interrupt(self) -> None:
         """The worker has no more time."""
         self.stopped = self.stopped or "interrupted"
+        self._out_of_time = True
         self._break_off()
 
     @property
@@ -216,7 +218,7 @@ class Call(Generic[R]):
 
     def _hurried(self) -> bool:
         """Is the worker ending? Then a record must not wait for exact figures."""
-        return self.stopped == "interrupted"
+        return self._out_of_time
 
     @property
     def _counted_model(self) -> str:

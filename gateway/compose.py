@@ -69,14 +69,15 @@ def build_backend(name: str, settings: BackendSettings, transport: Transport) ->
         "headers": {header: value.get_secret_value() for header, value in settings.headers.items()},
         "timeouts": Timeouts(limits.connect, limits.first_byte, limits.idle, limits.total),
     }
-    url = settings.base_url or ""
+    url, most = settings.base_url or "", int((settings.max_event_mb or 1) * (1 << 20))
     match settings.type:
         case "scripted":
             return _scripted(name, settings)
         case "openai":
-            return HTTPBackend(name, url, OpenAITranslator(key, Adapter(settings.quirks)), transport, **common)  # type: ignore[arg-type] # `common` above
+            openai = OpenAITranslator(key, Adapter(settings.quirks), max_event=most)
+            return HTTPBackend(name, url, openai, transport, **common)  # type: ignore[arg-type] # `common` above
         case "azure":
-            azure = AzureTranslator(key, Adapter(settings.quirks), api_version=settings.api_version)
+            azure = AzureTranslator(key, Adapter(settings.quirks), api_version=settings.api_version, max_event=most)
             return AzureBackend(name, url, azure, transport, **common)  # type: ignore[arg-type] # `common` above
         case "ollama":
             ollama = OllamaTranslator(

@@ -140,6 +140,7 @@ class BackendSettings(QuirkSettings):
     models: tuple[str, ...] = ()
     ca_file: str | None = None
     timeouts: TimeoutSettings = TimeoutSettings()
+    max_event_mb: float | None = Field(None, gt=0, le=64)
     by_model: dict[str, QuirkSettings] | None = None
     keep_alive: int | float | str | None = None
     num_ctx: int | None = Field(None, ge=1)
@@ -236,7 +237,7 @@ class BackendType:
 
 _COMMON = frozenset({"on_disconnect", "refuse", "models", "timeouts"})
 _HTTP = _COMMON | {"base_url", "api_key", "headers", "ca_file"}
-_OPENAI = _HTTP | {"vendor", "by_model", *QuirkSettings.model_fields}
+_OPENAI = _HTTP | {"vendor", "by_model", "max_event_mb", *QuirkSettings.model_fields}
 _ADDRESS = frozenset({"base_url"})
 
 BACKEND_TYPES: dict[str, BackendType] = {

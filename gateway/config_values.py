@@ -109,6 +109,8 @@ def base_url(url: str) -> str:
         good = False
     if not good or re.search(r"[\s?#]", url):
         raise ValueError("must be an http:// or https:// address without ? and #, like https://api.openai.com/v1")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must hold no user and password; send them with headers: {authorization: Basic ...}")
     return url.rstrip("/")
 
 

@@ -195,6 +195,8 @@ def _members(body: bytes) -> Any:
     """What the reply parses to; of a large one only `usage`, where that can be found without the rest."""
     try:
         place = splice.sole_value(body, "usage") if len(body) > _LARGE else None
+        if place is not None and body[place[1] :].strip() != b"}":  # not the last one, so perhaps not of the reply
+            place = None
         return loads(body) if place is None else {"usage": loads(body[place[0] : place[1]])}
     except ValueError:
         return None

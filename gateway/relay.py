@@ -40,6 +40,8 @@ class Exchange(Call[ChatRequest]):
 
     async def _complete_once(self, route: Route, request: ChatRequest) -> Completion:
         completion = await route.backend.complete(request)
+        if not isinstance(completion.data.get("choices"), list):
+            raise UpstreamError("The upstream sent something that is no valid reply.", log="no 'choices' array")
         self._served_as = told_tier(completion.data.get("service_tier"))  # before it is mended
         try:
             return repair.completion(completion, model=route.upstream_model, at=self.job.at // 1000)

@@ -369,3 +369,18 @@ async def test_a_backends_own_mistake_is_a_failure_like_others(rig: Rig, caplog:
     assert "nobody thought of this" in caplog.text
     (_, cost), _ = await rows(rig.database, "SELECT attempt, cost_nanousd FROM usage_rows ORDER BY attempt")
     assert cost is None, "it may have cost something"
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+async def test_a_cancellation_from_outside_outlives_our_own(rig: Rig, ours_first: bool) -> None:
+    """Both come before the call runs again."""
+    rig.use(Upstream("a", HANG), Upstream("b", OK))
+    exchange = rig.exchange()
+    running = asyncio.ensure_future(exchange.complete())
+    await settle()
+    ends = [exchange.interrupt, running.cancel]
+    for end in ends if ours_first else reversed(ends):
+        end()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert running.cancelling() == 1

@@ -971,11 +971,17 @@ def test_the_safe_url_of_the_database() -> None:
 EVERY_SECRET = f"""
 auth: {{admin_key: {SECRET}}}
 backends:
-  b: {{type: openai, base_url: "http://user:{SECRET}@h", api_key: {SECRET}, headers: {{authorization: {SECRET}}}}}
+  b: {{type: openai, base_url: "http://h", api_key: {SECRET}, headers: {{authorization: {SECRET}}}}}
   c: {{type: openai, base_url: "http://h"}}
 database: {{url: "postgres://u:{SECRET}@h/db"}}
-storage: {{url: s3://bucket, endpoint: "http://u:{SECRET}@h", access_key: {SECRET}, secret_key: {SECRET}}}
+storage: {{url: s3://bucket, endpoint: "http://h", access_key: {SECRET}, secret_key: {SECRET}}}
 """
+
+
+def test_an_address_with_a_password_is_a_mistake_that_does_not_show_it() -> None:
+    said = problem(f'backends: {{b: {{type: openai, base_url: "http://user:{SECRET}@h"}}}}')
+    assert said.startswith("backends.b.base_url: must hold no user and password")
+    assert SECRET not in said
 
 
 def test_secrets_are_not_in_descriptions_and_reprs() -> None:
@@ -987,7 +993,7 @@ def test_secrets_are_not_in_descriptions_and_reprs() -> None:
     assert described["auth"]["admin_key"] == "**********"
     assert described["backends"]["b"] | {"timeouts": 0, "refuse": 0} == {
         "type": "openai",
-        "base_url": "http://**********@h",
+        "base_url": "http://h",
         "api_key": "**********",
         "headers": {"authorization": "**********"},
         "timeouts": 0,
@@ -995,7 +1001,7 @@ def test_secrets_are_not_in_descriptions_and_reprs() -> None:
     }
     assert described["backends"]["c"]["api_key"] == ""
     assert described["database"]["url"] == "postgres://u:**********@h/db"
-    assert described["storage"]["endpoint"] == "http://**********@h"
+    assert described["storage"]["endpoint"] == "http://h"
 
 
 @pytest.mark.parametrize(

@@ -560,3 +560,10 @@ async def test_other_scopes_pass_through() -> None:
     await stack(inner)({"type": "lifespan"}, nothing_more, send)
     await not_found({"type": "websocket"}, nothing_more, send)
     assert seen == ["lifespan"]
+
+
+@pytest.mark.parametrize("path", ["/openai/deployments/m/embeddings", "//openai//deployments/m/embeddings//"])
+async def test_the_deployment_is_found_however_many_slashes_there_are(path: str) -> None:
+    state: dict[str, Any] = {}
+    await ask(stack(ok), path, method="POST", state=state)
+    assert state["deployment"] == "m"

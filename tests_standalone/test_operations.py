@@ -593,3 +593,32 @@ async def test_pings_and_errors_stand_between_events(rig: Rig) -> None:
 
 async def _has(client: Client, mark: bytes) -> bool:
     return mark in client.body
+
+
+# Large replies
+
+
+async def test_a_large_reply_is_recorded_and_priced_by_a_look_at_the_usage_at_its_end(rig: Rig) -> None:
+    """The rest is not parsed: here it could not be."""
+    usage = b'"usage":{"prompt_tokens":3,"total_tokens":3}'
+    data = b'"data":[%b no JSON ]' % (b'{"embedding":[0.5]},' * 20_000)
+    raw = b'{"object":"list",%b,%b}' % (data, usage)
+    exchange = rig.exchange(Upstream("up", Answer(JSON, raw)))
+    assert await exchange.open() == raw.replace(b'"total_tokens":3', b'"total_tokens":3,"cost":3e-9')
+    await rig.check_rows(OK_ROW)
+
+
+async def test_a_large_reply_whose_last_usage_is_of_something_else(rig: Rig) -> None:
+    raw = b'{"data":[%b],"meta":{"usage":{"prompt_tokens":9}}}' % b",".join([b'{"embedding":[0.5]}'] * 20_000)
+    found = json.loads(await rig.exchange(Upstream("up", Answer(JSON, raw))).open())
+    assert found["meta"] == {"usage": {"prompt_tokens": 9}}
+    assert found["usage"] == {"prompt_tokens": 3, "total_tokens": 3, "cost": 3e-9}
+
+
+@pytest.mark.parametrize("usage", [b'"usage":null,', b""])
+async def test_a_large_reply_without_usage_is_counted(rig: Rig, usage: bytes) -> None:
+    raw = b'{%b"data":[%b]}' % (usage, b",".join([b'{"embedding":[0.5]}'] * 20_000))
+    found = json.loads(await rig.exchange(Upstream("up", Answer(JSON, raw))).open())
+    assert found["usage"] == {"prompt_tokens": 3, "total_tokens": 3, "cost": 3e-9}
+    assert found["data"] == json.loads(raw)["data"]
+    await rig.check_rows(OK_ROW | {"counted_by": "gateway"})

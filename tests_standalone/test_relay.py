@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from gateway.errors import (
     UpstreamUnreachable,
 )
 from gateway.ledger import Ledger
-from gateway.pricing import Price
+from gateway.pricing import Price, configured
 from gateway.relay import Exchange, StreamExchange
 from gateway.store.database import Database
 from gateway.tokens import TokenCounter
@@ -1154,3 +1155,61 @@ async def read_some(exchange: StreamExchange, reads: int) -> None:
         await exchange.open()
     for _ in range(reads - 1):
         await exchange.read()
+
+
+# What a call is counted and priced by when others could say so
+
+
+async def test_streams_that_are_cut_do_not_wait_for_their_counts(rig: Rig) -> None:
+    """A text of a million equal letters has an eighth of that in tokens; an estimate says a quarter."""
+    prompt = [{"role": "user", "content": "a" * 1_000_000}]
+    exchanges, reading = [], []
+    for number in range(20):
+        upstream = Upstream("up", [*HELLO[:3], HANG])
+        found = await rig.job(
+            Model("gpt-4o", [Route(upstream, "gpt-4o", PRICE)]), keep=False, stream=True, messages=prompt
+        )
+        found.request_id = f"req_{number}"
+        exchanges.append(StreamExchange(rig.relay, found))
+        await read_some(exchanges[-1], 3)
+        reading.append(asyncio.ensure_future(exchanges[-1].read()))
+    await settle()
+    for exchange in exchanges:
+        exchange.interrupt()
+    assert {type(each) for each in await asyncio.gather(*reading, return_exceptions=True)} == {Unavailable}
+    expected = CUT | {"counted_by": "gateway", "input_tokens": 250_000, "output_tokens": 2}
+    found = await rig.rows()
+    assert len({row["request_id"] for row in found}) == len(found) == 20
+    assert all(row.items() >= expected.items() for row in found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "cost"),
+    [
+        ("batch", None, 20),
+        ("priority", None, 20),
+        ("priority", "default", 20),
+        ("priority", "flex", None),
+        (None, "performance", 60),
+        ("default", "performance", 60),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_only_the_reply_says_in_which_service_tier_it_was_made(
+    rig: Rig, streamed: bool, asked: str | None, told: str | None, cost: int | None
+) -> None:
+    """As the upstream says it, before its word is mended for the client."""
+    price = configured(
+        {"input": Decimal("0.001"), "output": Decimal("0.002"), "service_tiers": {"performance": Decimal(3)}}
+    )
+    said = {} if told is None else {"service_tier": told}
+    fields = {} if asked is None else {"service_tier": asked}
+    if streamed:
+        acts = [[each | said for each in act] if isinstance(act, list) else act for act in HELLO]
+        left = await drive(await rig.stream(Upstream("up", acts), price=price, **fields))
+        shown = left[0]
+    else:
+        exchange = await rig.exchange(Upstream("up", whole(**said)), price=price, **fields)
+        shown = json.loads((await exchange.complete()).body)
+    await rig.check_rows(OK_ROW | {"cost_nanousd": cost, "price_unknown": int(cost is None)})
+    assert shown.get("service_tier") == ("default" if told == "performance" else told)

@@ -398,3 +398,25 @@ def test_no_network_and_no_shared_cache(tmp_path: Path, variable: str) -> None:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("2 2\n", "")
     assert list(folder.iterdir()) == []
+
+
+class TestInAHurry:
+    TEXT = "a" * (4 * tokens.SLICE)  # an eighth of that in tokens, a quarter by estimate
+
+    async def test_from_the_start_all_is_estimated_at_once(self, counter: TokenCounter) -> None:
+        counting = counter.text("gpt-4", [self.TEXT], hurried=lambda: True)
+        with pytest.raises(StopIteration) as done:  # it waits for nothing, the thread least of all
+            counting.send(None)
+        assert done.value.value == tokens.SLICE
+
+    async def test_from_the_middle_on_what_is_left_is_estimated(self, counter: TokenCounter) -> None:
+        answers = iter([False])
+        counted = await counter.text("gpt-4", [self.TEXT], hurried=lambda: next(answers, True))
+        assert counted == tokens.SLICE // 8 + 3 * tokens.SLICE // 4
+
+    async def test_a_count_that_takes_too_long_ends_in_the_same_way(
+        self, counter: TokenCounter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokens, "MOST_SECONDS", 0)
+        message = said(self.TEXT)
+        assert await counter.usage("gpt-4", [message], [message]) == Usage(tokens.SLICE, tokens.SLICE)

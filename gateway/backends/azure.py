@@ -16,13 +16,21 @@ from gateway.backends.base import ModelInfo
 from gateway.backends.http import HTTPBackend
 from gateway.backends.openai import OpenAITranslator
 from gateway.errors import ModelNotFound
+from gateway.wire.sse import MAX_LINE
 
 
 class AzureTranslator(OpenAITranslator):
     """`api_version` None: the v1 form."""
 
-    def __init__(self, api_key: str = "", adapter: Adapter | None = None, *, api_version: str | None = None) -> None:
-        super().__init__(api_key, adapter)
+    def __init__(
+        self,
+        api_key: str = "",
+        adapter: Adapter | None = None,
+        *,
+        api_version: str | None = None,
+        max_event: int = MAX_LINE,
+    ) -> None:
+        super().__init__(api_key, adapter, max_event=max_event)
         self._query = f"?api-version={quote(api_version, safe='')}" if api_version else None
 
     def _credentials(self, api_key: str) -> dict[str, str]:

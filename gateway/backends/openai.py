@@ -30,7 +30,9 @@ class OpenAITranslator:
     stream_type = "text/event-stream"
     operations = OPERATIONS
 
-    def __init__(self, api_key: str = "", adapter: Adapter | None = None) -> None:
+    def __init__(self, api_key: str = "", adapter: Adapter | None = None, *, max_event: int = sse.MAX_LINE) -> None:
+        """`max_event`: bytes of one event of a stream."""
+        self._max_event = max_event
         self._adapter = adapter or Adapter()
         self._headers = {"accept-encoding": "identity", **(self._credentials(api_key) if api_key else {})}
         self._whole = {"content-type": "application/json", **self._headers, "accept": "application/json"}
@@ -77,7 +79,7 @@ class OpenAITranslator:
         return Completion(body.strip(), data)
 
     def decoder(self, request: ChatRequest) -> OpenAIDecoder:
-        return OpenAIDecoder()
+        return OpenAIDecoder(self._max_event)
 
     def operation_request(self, request: OperationRequest) -> HTTPRequest:
         headers = {**self._headers, "content-type": request.content_type, "accept": "*/*"}
@@ -105,8 +107,8 @@ class OpenAITranslator:
 class OpenAIDecoder:
     """SSE to chunks; ends at `[DONE]` and ignores what comes after it."""
 
-    def __init__(self) -> None:
-        self._events = sse.SSEDecoder()
+    def __init__(self, max_event: int = sse.MAX_LINE) -> None:
+        self._events = sse.SSEDecoder(max_event)
         self.complete = False
 
     def feed(self, piece: bytes) -> list[Chunk]:

@@ -82,7 +82,7 @@ async def summary(database: Database, by: Grouping, *, user_id: str | None, sinc
         SELECT {_GROUPS[by]} AS what, COUNT(*) AS calls, CAST(SUM(input_tokens) AS BIGINT) AS input_tokens,
             CAST(SUM(output_tokens) AS BIGINT) AS output_tokens,
             CAST(COALESCE(SUM(cost_nanousd), 0) AS BIGINT) AS cost_nanousd,
-            CAST(SUM(price_unknown) AS BIGINT) AS price_unknown
+            CAST(SUM(CASE WHEN cost_nanousd IS NULL THEN 1 ELSE 0 END) AS BIGINT) AS price_unknown
         FROM usage_rows
         WHERE (CAST($1 AS TEXT) IS NULL OR user_id = $1) AND created_at >= $2
         GROUP BY {_GROUPS[by]}

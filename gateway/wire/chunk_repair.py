@@ -161,7 +161,7 @@ class ChunkRepair:
             state.begun = True
             if role != "assistant":
                 changes["role"] = "assistant"
-        elif role is not None and role != "assistant":
+        elif role is not None:
             gone.add("role")
         self._change_calls(state, told, changes, gone, ends=ends)
         if not changes and not gone:
@@ -229,10 +229,14 @@ def _said(call: _Call, told: Json, kind: str, *, opens: bool) -> Json:
     gone: set[str] = set()
     name = told.get("name")
     if not opens and name is not None:
-        if call.name or not name:
+        repeated = call.name and (name == call.name or any(call.arguments) or not isinstance(name, str))
+        if repeated or not name:
             gone.add("name")
-        call.name = call.name or name
+        else:  # the rest of it, from one that sends names in pieces
+            call.name = f"{call.name}{name}" if call.name else name
     text = told.get(key)
+    if text == {} and opens:  # pieces of text follow
+        text = changes[key] = ""
     if not isinstance(text, str) and (opens or key in told):
         text = changes[key] = repair.arguments(text)
     if isinstance(text, str) and text:
@@ -261,7 +265,7 @@ def _call_of(calls: list[_Call], piece: Json) -> _Call | None:
 def _open(calls: list[_Call], piece: Json) -> _Call:
     key = piece.get("index") if is_count(piece.get("index")) else None
     taken = {call.index for call in calls}
-    index = key if key is not None and key not in taken else max(taken, default=-1) + 1
+    index = max(taken, default=-1) + 1
     kind = "custom" if isinstance(piece.get("custom"), dict) else "function"
     call = _Call(index, key, piece.get("id") or None, _name(piece), kind=kind)
     calls.append(call)

@@ -82,6 +82,8 @@ class OperationRequest:
 
     @property
     def stream(self) -> bool:
+        if self.data.get("stream_format") == "sse":  # how speech asks for events
+            return True
         return self.data.get("stream") in ((True,) if self.form is None else ("true", "True", "1"))
 
     def with_model(self, name: str) -> OperationRequest:

@@ -130,7 +130,8 @@ class ChatStream:
             self._held = chunk if right is chunk.data else Chunk(data=right)
 
     def _pass(self, chunk: Chunk, leaving: list[bytes]) -> None:
-        """What a choice says behind its end (a filter's verdict, usage beside an empty delta) overtakes that end."""
+        """What comes behind the end of a choice (a filter's verdict, more text from an upstream that says the end with
+        every chunk) overtakes that end, and nothing that was said with it."""
         ends = any(choice.get("finish_reason") for choice in chunk.data["choices"])
         if not self._wants_usage and (ends or not self.finished):
             if self._held is not None:
@@ -138,7 +139,21 @@ class ChatStream:
             self._held = chunk if ends else None
             if ends:
                 return
+        elif self._held is not None and not self._wants_usage:
+            self._let_go_what_it_says(self._held, leaving)
         leaving.append(self._clean(chunk.raw, chunk.data))
+
+    def _let_go_what_it_says(self, held: Chunk, leaving: list[bytes]) -> None:
+        """The end stays held, alone."""
+        choices = held.data["choices"]
+        if not any(choice.get("text") or any((choice.get("delta") or {}).values()) for choice in choices):
+            return
+        said = {**held.data, "choices": [{**choice, "finish_reason": None} for choice in choices]}
+        leaving.append(self._clean(dumps(said), said))
+        bare = [
+            {**choice, **{key: type(choice[key])() for key in ("delta", "text") if key in choice}} for choice in choices
+        ]
+        self._held = Chunk(data={**held.data, "choices": bare})
 
     def _clean(self, raw: bytes, data: Mapping[str, Any]) -> bytes:
         """A chunk without its usage, or with null for it where the client asked for a usage chunk."""

@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from gateway.app import Gateway
+from gateway.auth import digest, new_key
 from gateway.config import load_settings
-from tests_standalone.conftest import rows
+from gateway.store import keys
+from tests_standalone.conftest import rows, stored_key
 from tests_standalone.support.databases import sqlite_url
 from tests_standalone.support.upstream import ScriptedUpstream
 
@@ -64,6 +66,13 @@ class App:
 
     async def rows(self, sql: str) -> list[tuple[Any, ...]]:
         return await rows(self._state["services"].database, sql)
+
+    async def add_key(self, *models: str) -> dict[str, str]:
+        """The header that holds a new key, for these models only."""
+        secret = new_key()
+        key = stored_key(digest=digest(secret), models=models)
+        await keys.add(self._state["services"].database, key)
+        return {"authorization": f"Bearer {secret}"}
 
     async def call(
         self,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.backends.floats import as_asked, to_base64, to_numbers
+from gateway.backends.floats import are_as_asked, as_asked, to_base64, to_numbers
 from gateway.wire import WireError
 
 NUMBERS = [0.5, -1.25, 3.0]
@@ -89,3 +89,22 @@ def test_an_entry_that_is_no_embedding(embedding: Any) -> None:
     encoding = "float" if isinstance(embedding, str) else "base64"
     with pytest.raises(WireError):
         asked(reply(NUMBERS, embedding), encoding)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "fits"),
+    [
+        (reply(NUMBERS), None, True),
+        (reply(NUMBERS), "float", True),
+        (reply(NUMBERS), "base64", False),
+        (reply(PACKED), "base64", True),
+        (reply(PACKED), "float", False),
+        (reply(PACKED), None, False),
+        (reply(PACKED), "ubinary", True),
+        (reply(), "base64", False),
+        (b'{"data":[{"object":"embedding","embedding":[1]}]}', "float", True),
+        (b'{"x":"%b","data":[{"embedding":[1]}]}' % (b"x" * 5000), "float", False),
+    ],
+)
+def test_a_look_at_the_first_one(body: bytes, encoding: object, fits: bool) -> None:
+    assert are_as_asked(body, encoding) is fits

@@ -147,17 +147,18 @@ async def test_the_page_of_a_proxy_is_no_answer(operation: str, content_type: by
 
 
 async def test_the_words_of_an_upstream_never_hold_our_key(transport: HTTPTransport) -> None:
-    async def tell_tale(peer: Peer) -> None:
-        head, _ = await peer.request(), None
-        peer.send(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 62\r\n\r\n")
-        peer.send(b'{"error":{"message":"no such key: sk-upstream-secret, friend"}}'[:62])
+    secret = "sk-upstream-secret"
+    body = json.dumps({"error": {"message": f"There is no such key: {secret}, friend."}}).encode()
 
-    backend = HTTPBackend("up", "", OpenAITranslator("sk-upstream-secret"), transport)
+    async def tell_tale(peer: Peer) -> None:
+        assert secret.encode() in await peer.request()
+        peer.send(b"HTTP/1.1 400 Bad Request\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+
     async with raw_upstream(tell_tale) as upstream:
-        backend = HTTPBackend("up", upstream.base, OpenAITranslator("sk-upstream-secret"), transport)
+        backend = HTTPBackend("up", upstream.base, OpenAITranslator(secret), transport)
         with pytest.raises(UpstreamError) as caught:
             await backend.operate(request("embeddings"))
-    assert "sk-upstream" not in caught.value.message
+    assert caught.value.message == "There is no such key: ***, friend."
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"data":[{}]}'])

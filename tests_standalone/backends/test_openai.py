@@ -212,3 +212,37 @@ class TestDecoder:
     def test_a_line_without_end(self) -> None:
         with pytest.raises(WireError):
             decoded(b"data: " + b"x" * (2 << 20))
+
+
+class TestLargeReplies:
+    """Those that fit are not parsed: an object that ends too early shows it."""
+
+    @staticmethod
+    def reply(embedding: str) -> bytes:
+        data = ",".join([f'{{"embedding":{embedding}}}'] * 40_000)
+        return f'{{"object":"list","data":[{data}]'.encode()
+
+    @staticmethod
+    def asked(encoding: str) -> OperationRequest:
+        body = b'{"model":"m","input":"a","encoding_format":"%b"}' % encoding.encode()
+        return OperationRequest.parse("embeddings", "application/json", body)
+
+    @pytest.mark.parametrize(("embedding", "encoding"), [("[0.5]", "float"), ('"AAAAPw=="', "base64")])
+    def test_those_that_fit_are_not_parsed(self, embedding: str, encoding: str) -> None:
+        body = self.reply(embedding)
+        assert TRANSLATOR.operation_reply(self.asked(encoding), body) is body
+
+    def test_the_others_are_turned(self) -> None:
+        body = self.reply("[0.5]") + b"}"
+        assert TRANSLATOR.operation_reply(self.asked("base64"), body) == self.reply('"AAAAPw=="') + b"}"
+
+
+@pytest.mark.parametrize(("most", "fits"), [(4 << 20, True), (1 << 20, False)])
+def test_how_large_an_event_may_be_is_a_setting(most: int, fits: bool) -> None:
+    event = b'data: {"choices":[{"delta":{"images":["' + b"A" * (3 << 20) + b'"]}}]}\n\n'
+    decoder = OpenAITranslator(max_event=most).decoder(REQUEST)
+    if fits:
+        assert len(decoder.feed(event)) == 1
+    else:
+        with pytest.raises(WireError, match="longer than"):
+            decoder.feed(event)

@@ -408,7 +408,7 @@ def test_commands_migrate_by_themselves_unless_told_not_to(run: Run, command: st
 CONFIG = """
 auth: {mode: keys}
 backends:
-  up: {type: openai, base_url: "https://u:canary-url@up.example/v1", api_key: "${UPSTREAM_KEY}", headers: {x-team: "${UPSTREAM_KEY}"}}
+  up: {type: openai, base_url: "https://up.example/v1", api_key: "${UPSTREAM_KEY}", headers: {x-team: "${UPSTREAM_KEY}"}}
 models:
   m: {backend: up, price: {input: 1}}
 database: {url: "postgresql://ann:${DB_PASSWORD}@db.example/gateway?password=${DB_PASSWORD}"}

@@ -49,3 +49,20 @@ def test_a_type_that_is_not_installed_is_a_mistake_that_names_the_others(tmp_pat
     assert done.returncode == 1
     assert "backends.loud.type" in done.stderr + done.stdout
     assert "shouting" in done.stderr + done.stdout
+
+
+def test_a_package_that_cannot_make_its_backend_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "site" / "broken_backend-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-backend\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[gateway.backends]\nbroken = broken_backend:make\n")
+    (folder.parent / "broken_backend.py").write_text("def make(*_): raise ValueError('no region was given')\n")
+    (tmp_path / "config.yaml").write_text("backends: {mine: {type: broken}}\nserver: {port: 0}\n")
+    environment = {**clean_environment(tmp_path), "PYTHONPATH": f"{folder.parent}:{ROOT}"}
+    command = [sys.executable, "-m", "gateway", "serve"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    told = [line for line in (done.stdout + done.stderr).splitlines() if "backends.mine" in line]
+    assert len(told) == 1
+    assert "ValueError: no region was given" in told[0]
+    assert "Traceback" not in done.stdout + done.stderr

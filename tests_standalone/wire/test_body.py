@@ -63,3 +63,11 @@ def test_many_members() -> None:
 def test_a_long_text_is_no_trouble() -> None:
     text = "[,{" * 100_000
     assert read_object(b'{"a":"%b"}' % text.encode()) == {"a": text}
+
+
+@pytest.mark.parametrize("key", ["Model", "MODEL", "mODEL"])
+@pytest.mark.parametrize("before", ["", '"model":"cheap",'])
+def test_a_model_that_only_some_upstreams_would_find(before: str, key: str) -> None:
+    with pytest.raises(BadRequest, match="must be written 'model'") as caught:
+        read_object(f'{{{before}"{key}":"dear"}}'.encode())
+    assert (caught.value.status, caught.value.param) == (400, key)

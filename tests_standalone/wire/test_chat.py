@@ -350,12 +350,12 @@ class TestUsage:
     def test_missing(self, told: object) -> None:
         assert Usage.read(told) is None
 
-    @pytest.mark.parametrize("bad", [None, -1, 10**30, 10**9 + 1, "5", 5.0, True, [5], {"n": 5}])
+    @pytest.mark.parametrize("bad", [None, -1, 10**30, 10**9 + 1, "5", 5.5, True, [5], {"n": 5}])
     def test_totals_that_cannot_be_true(self, bad: object) -> None:
         assert Usage.read({"prompt_tokens": bad, "completion_tokens": 1}) is None
         assert Usage.read({"prompt_tokens": 1, "completion_tokens": bad}) is None
 
-    @pytest.mark.parametrize("bad", [None, -1, 10**30, "5", 5.0, True, [5], {}])
+    @pytest.mark.parametrize("bad", [None, -1, 10**30, "5", 5.5, True, [5], {}])
     def test_details_that_cannot_be_true_are_none(self, bad: object) -> None:
         kinds = ("cached_tokens", "cache_write_tokens", "audio_tokens", "image_tokens", "reasoning_tokens")
         parts = dict.fromkeys(kinds, bad)

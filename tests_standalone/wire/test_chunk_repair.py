@@ -29,6 +29,7 @@ def chunk(delta: object, reason: object = None, index: object = 0, **more: Any) 
 
 
 BEGIN = chunk({"role": "assistant", "content": None})
+NEXT = chunk({"content": None})
 
 
 def piece(index: object, arguments: object = None, **more: Any) -> Json:
@@ -99,12 +100,11 @@ RIGHT: dict[str, list[Json]] = {
         chunk({"content": None, "tool_calls": [piece(0, "{}", id="c1", type="function", name="f")]}),
         chunk({"tool_calls": [{"index": 0, "id": None, "type": None, "function": {"name": None, "arguments": ""}}]}),
     ],
-    "the role again and again": [chunk({"role": "assistant", "content": "a"})] * 3,
     "two choices": [BEGIN, chunk({"role": "assistant"}, None, 1), chunk({}, "stop", 1), chunk({}, "length")],
     "a filter that says more": [BEGIN, chunk({}, x_filter={"hate": {}}), chunk({"content": "a"})],
     "reasoning": [chunk({"role": "assistant", "content": None, "reasoning_content": "hm", "reasoning": ""})],
-    "other names later": [BEGIN, BEGIN | {"id": "d", "created": 2, "model": "n"}],
-    "service tiers": [BEGIN | {"service_tier": "priority"}, BEGIN | {"service_tier": None}],
+    "other names later": [BEGIN, NEXT | {"id": "d", "created": 2, "model": "n"}],
+    "service tiers": [BEGIN | {"service_tier": "priority"}, NEXT | {"service_tier": None}],
 }
 
 
@@ -267,6 +267,20 @@ class TestToolCalls:
             assert deltas(chunk({"tool_calls": told})) == [{}]
         assert pieces(calls(FIRST, "x")) == [FIRST]  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("arguments", ["", "{}"])
+    def test_calls_that_all_have_the_number_0_stay_apart(self, arguments: str) -> None:
+        """Also if the first one has no arguments."""
+        found = pieces(
+            calls(piece(0, arguments, id="c1", type="function", name="f")),
+            calls(piece(0, "", id="c2", type="function", name="g")),
+            calls(piece(0, '{"a":1}')),
+        )
+        assert [(item["index"], item.get("id"), item["function"].get("name")) for item in found] == [
+            (0, "c1", "f"),
+            (1, "c2", "g"),
+            (1, None, None),
+        ]
+
 
 class TestFinishReasons:
     def test_row_8_empty_is_null(self) -> None:
@@ -324,28 +338,53 @@ class TestNames:
             assert item == gone | NAME
 
     def test_where_there_are_none_they_are_made(self) -> None:
-        found = repaired({"choices": BEGIN["choices"]}, {"choices": BEGIN["choices"]}, model="m", at=7)
+        found = repaired({"choices": BEGIN["choices"]}, {"choices": NEXT["choices"]}, model="m", at=7)
         assert re.fullmatch(r"chatcmpl-[0-9a-f]{24}", found[0]["id"])
-        assert found[0] == found[1]
+        assert found[0] == found[1] | {"choices": BEGIN["choices"]}
         assert found[0].items() >= {"object": "chat.completion.chunk", "created": 7, "model": "m"}.items()
 
     def test_what_nobody_knows_comes_with_the_chunk_that_has_it(self) -> None:
         told = {"id": "c", "object": "chat.completion.chunk", "choices": BEGIN["choices"]}
-        first, second, third = repaired(told, told | {"created": 5, "model": "m"}, told)
+        more = told | {"choices": NEXT["choices"]}
+        first, second, third = repaired(told, more | {"created": 5, "model": "m"}, more)
         assert first == told
-        assert second == third == told | {"created": 5, "model": "m"}
+        assert second == third == more | {"created": 5, "model": "m"}
 
     def test_seconds_are_whole_in_all(self) -> None:
         found = repaired(*[BEGIN | {"created": 1767225600.0}] * 3)
         assert [(item["created"], type(item["created"])) for item in found] == [(1767225600, int)] * 3
 
     def test_row_9_service_tier(self) -> None:
-        assert repaired(BEGIN, BEGIN | {"service_tier": "on_demand"})[1] == BEGIN | {"service_tier": "default"}
+        assert repaired(BEGIN, NEXT | {"service_tier": "on_demand"})[1] == NEXT | {"service_tier": "default"}
 
     def test_for_a_chunk_of_our_own(self) -> None:
         repair = ChunkRepair(model="m", at=7)
         repair.chunk(BEGIN | {"model": ""})
         assert repair.name == NAME
+
+
+def test_row_10_a_role_that_is_told_again_and_again_is_told_once() -> None:
+    found = repaired(*[chunk({"role": "assistant", "content": "a"})] * 3)
+    assert [item["choices"][0]["delta"].get("role") for item in found] == ["assistant", None, None]
+
+
+def test_indexes_begin_at_nought_and_count_calls_alone() -> None:
+    found = repaired(BEGIN, calls(piece(1, "{}", id="a", name="f")), calls(piece(3, "{}", id="b", name="g")))
+    assert [item["choices"][0]["delta"]["tool_calls"][0]["index"] for item in found[1:]] == [0, 1]
+
+
+def test_a_name_in_pieces_is_not_a_repeated_one() -> None:
+    found = repaired(
+        BEGIN, calls(piece(0, id="a", name="get_")), calls(piece(0, name="weather")), calls(piece(0, "{}"))
+    )
+    names = [item["choices"][0]["delta"]["tool_calls"][0]["function"].get("name") for item in found[1:]]
+    assert names == ["get_", "weather", None]
+
+
+def test_an_empty_object_before_pieces_of_text_is_no_argument() -> None:
+    found = repaired(BEGIN, calls(piece(0, {}, id="a", name="f")), calls(piece(0, '{"x":1}')))
+    told = [item["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] for item in found[1:]]
+    assert told == ["", '{"x":1}']
 
 
 class TestClosing:

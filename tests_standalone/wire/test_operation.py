@@ -114,3 +114,11 @@ def test_the_upstreams_name_in_a_form(texts: dict[str, str]) -> None:
 def test_chat_is_an_operation_of_its_own_name() -> None:
     assert CHAT in OPERATIONS
     assert "models" not in OPERATIONS
+
+
+@pytest.mark.parametrize("names", [["model", "model"], ["model", "Model"], ["MODEL"]], ids=" and ".join)
+def test_a_form_names_one_model_in_small_letters(names: list[str]) -> None:
+    texts = "".join(f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\nm\r\n' for name in names)
+    with pytest.raises(BadRequest, match="must name one 'model'") as caught:
+        OperationRequest.parse("audio/transcriptions", FORM_TYPE, texts.encode() + FILE + b"--b--\r\n")
+    assert (caught.value.status, caught.value.param) == (400, "model")

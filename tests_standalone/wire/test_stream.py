@@ -44,8 +44,9 @@ def usage_chunk(usage: object, **more: Any) -> Json:
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 HELLO = chunk({"role": "assistant", "content": "Hello"})
-STOP = chunk({"role": "assistant"}, "stop")
-"""Either may be the first chunk of a stream: the role may be told again."""
+STOP = chunk({}, "stop")
+ONLY_STOP = chunk({"role": "assistant"}, "stop")
+"""Of a stream that has no other chunk: the first one says the role."""
 NAMED = b'"id":"c","object":"chat.completion.chunk","created":1,"model":"m",'
 
 
@@ -129,9 +130,9 @@ class TestNotAsked:
 
     def test_the_finish_chunk_is_held_and_carries_all(self) -> None:
         stream = ChatStream(wants_usage=False)
-        assert stream.feed([made(STOP)]) == b""
+        assert stream.feed([made(ONLY_STOP)]) == b""
         assert stream.feed([made(usage_chunk(USAGE))]) == b""
-        last = STOP | {"usage": USAGE | {"cost": 0.25}} | EXTRA
+        last = ONLY_STOP | {"usage": USAGE | {"cost": 0.25}} | EXTRA
         assert read(finish(stream)) == [last]
 
     def test_its_other_bytes_stay(self) -> None:
@@ -150,8 +151,9 @@ class TestNotAsked:
 
     def test_usage_on_every_chunk(self) -> None:
         early = {"usage": USAGE | {"completion_tokens": 1}}
-        out = read(run(HELLO | early, HELLO | early, STOP | {"usage": USAGE}))
-        assert out == [HELLO, HELLO, STOP | {"usage": USAGE | {"cost": 0.25}} | EXTRA]
+        more = chunk({"content": "more"})
+        out = read(run(HELLO | early, more | early, STOP | {"usage": USAGE}))
+        assert out == [HELLO, more, STOP | {"usage": USAGE | {"cost": 0.25}} | EXTRA]
 
     @pytest.mark.parametrize(
         "empty", [{"choices": []}, {"choices": None}, {"choices": "x"}, {"prompt_filter_results": []}]
@@ -170,6 +172,14 @@ class TestNotAsked:
         assert last["usage"]["cost"] == 0.25
         assert last["choices"] == STOP["choices"]
 
+    def test_what_was_said_with_an_early_end_leaves_before_what_follows(self) -> None:
+        said = [chunk({"role": "assistant", "content": "A"}), chunk({"content": "B"}), chunk({"content": "C"})]
+        ended = [{**one, "choices": [{**one["choices"][0], "finish_reason": "stop"}]} for one in said]
+        out = read(run(*ended, usage_chunk(USAGE)))
+        assert "".join(one["choices"][0]["delta"].get("content", "") for one in out) == "ABC"
+        assert [one["choices"][0]["finish_reason"] for one in out] == [None, None, None, "stop"]
+        assert out[-1]["usage"] == USAGE | {"cost": 0.25}
+
 
 class TestAsked:
     """The client asked for the usage chunk."""
@@ -183,11 +193,11 @@ class TestAsked:
 
     def test_the_usage_chunk_is_held_and_carries_all(self) -> None:
         stream = ChatStream(wants_usage=True)
-        assert read(stream.feed([made(STOP)]) + b"data: [DONE]\n\n") == [STOP]
+        assert read(stream.feed([made(ONLY_STOP)]) + b"data: [DONE]\n\n") == [ONLY_STOP]
         assert stream.feed([made(usage_chunk(USAGE, x=1))]) == b""
         assert read(finish(stream)) == [usage_chunk(USAGE | {"cost": 0.25}, x=1) | EXTRA]
 
-    @pytest.mark.parametrize("finishing", [STOP, chunk({"role": "assistant", "content": "!"}, "length")])
+    @pytest.mark.parametrize("finishing", [STOP, chunk({"content": "!"}, "length")])
     def test_usage_on_the_finish_chunk_moves_to_a_chunk_of_its_own(self, finishing: Json) -> None:
         out = read(run(HELLO, finishing | {"usage": USAGE}, wants_usage=True))
         assert out == [HELLO, finishing | {"usage": None}, usage_chunk(USAGE | {"cost": 0.25}) | EXTRA]
@@ -224,7 +234,7 @@ class TestTwoChoices:
 
     def test_the_first_finish_chunk_leaves_when_the_second_choice_goes_on(self) -> None:
         stream = ChatStream(wants_usage=False)
-        first, second = STOP, chunk({"role": "assistant", "content": "x"}, None, 1)
+        first, second = ONLY_STOP, chunk({"role": "assistant", "content": "x"}, None, 1)
         assert stream.feed([made(first)]) == b""
         assert read(stream.feed([made(second)]) + b"data: [DONE]\n\n") == [first, second]
 
