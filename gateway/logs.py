@@ -118,7 +118,7 @@ def configure(kind: Format, level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # asked for each line, never shown
+    logging.logThreads = logging.logMultiprocessing = False  # asked for each line, never shown
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # its reconnecting: our own lines say what is down
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
