@@ -19,7 +19,7 @@ from gateway.pricing import usd
 from gateway.wire import WireError, splice, sse
 from gateway.wire.chat import Message, Usage, take_apart
 from gateway.wire.jsontext import dumps, loads
-from gateway.wire.operation import EMBEDDINGS, MODERATIONS, SPEECH, OperationRequest
+from gateway.wire.operation import EMBEDDINGS, MODERATIONS, SPEECH, OperationRequest, is_json
 
 MAX_REPLY = 64 << 20
 _LARGE = 256 << 10
@@ -85,13 +85,17 @@ class OperationExchange(Call[OperationRequest]):
     async def _open_once(self, route: Route, request: OperationRequest) -> bytes:
         reply = await route.backend.operate(request)  # type: ignore[attr-defined] # attempts() gives operators only
         try:
-            first = b"".join([piece async for piece in _pieces(reply)]) if _is_json(reply) else await reply.read()
+            first = (
+                b"".join([piece async for piece in _pieces(reply)])
+                if is_json(reply.content_type)
+                else await reply.read()
+            )
         except BaseException:
             await reply.close()
             raise
         self._ttft_ms = milliseconds_since(self._attempt_started)
         self.content_type, self._reply = reply.content_type, reply
-        if _is_json(reply):
+        if is_json(reply.content_type):
             self.length = len(first)
             await reply.close()
         elif reply.content_type.lower().startswith("text/event-stream"):
@@ -205,8 +209,3 @@ def _members(body: bytes) -> Any:
 async def _pieces(reply: OperationReply) -> Any:
     while piece := await reply.read():
         yield piece
-
-
-def _is_json(reply: OperationReply) -> bool:
-    kind = reply.content_type.partition(";")[0].strip().lower()
-    return kind == "application/json" or kind.endswith("+json")

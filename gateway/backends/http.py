@@ -19,7 +19,7 @@ from gateway.backends.transport import Response, Timeouts, Transport
 from gateway.errors import UpstreamError
 from gateway.wire import WireError
 from gateway.wire.chat import ChatRequest, Chunk, Completion
-from gateway.wire.operation import OperationRequest, may_answer
+from gateway.wire.operation import OperationRequest, is_json, may_answer
 
 MAX_REPLY = 64 << 20
 MAX_ERROR = 64 << 10
@@ -284,11 +284,6 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def _timing(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: headers[name] for name in ("retry-after", "retry-after-ms") if name in headers}
-
-
-def is_json(content_type: str) -> bool:
-    kind = content_type.partition(";")[0].strip().lower()
-    return kind == "application/json" or kind.endswith("+json")
 
 
 def _unreadable(failure: WireError) -> UpstreamError:

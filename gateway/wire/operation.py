@@ -37,6 +37,11 @@ _REPLIES = {
 }
 
 
+def is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
 def may_answer(operation: str, content_type: str) -> bool:
     """Is the operation answered in that type? The page of a login or of a proxy is no answer, whatever its status."""
     kind = content_type.partition(";")[0].strip().lower()

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from gateway.backends.base import Operator, operations_of
 from gateway.backends.client import HTTPTransport
-from gateway.backends.http import HTTPBackend, PassedReply, WholeReply, is_json, retry_after
+from gateway.backends.http import HTTPBackend, PassedReply, WholeReply, retry_after
 from gateway.backends.openai import OpenAITranslator
 from gateway.errors import UpstreamError, UpstreamUnreachable
-from gateway.wire.operation import OPERATIONS, OperationRequest
+from gateway.wire.operation import OPERATIONS, OperationRequest, is_json
 from tests_standalone.backends.raw_upstream import Peer, assert_whole, raw_upstream
 from tests_standalone.support.upstream import ScriptedUpstream
 from tests_standalone.support.upstream_operations import SOUND, vector

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -15,26 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests_standalone.support.gateway import ROOT, GatewayProcess, children, clean_environment, free_port
+from tests_standalone.support.gateway import clean_environment, free_port
+from tests_standalone.support.gunicorn import GUNICORN, GunicornProcess
 from tests_standalone.support.upstream import ScriptedUpstream
 from tests_standalone.system.conftest import end, in_front_of
 from tests_standalone.system.http import Answer, answer_of, call, chat, post_chat, request_bytes
-
-GUNICORN = [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "gateway.app:create_app()"]
-
-
-class GunicornProcess(GatewayProcess):
-    """The same gateway, started by gunicorn; `arguments` are gunicorn's."""
-
-    def _command(self, *arguments: str) -> list[str]:
-        if arguments != ("serve",):
-            return super()._command(*arguments)
-        self._environment["GATEWAY_CONFIG"] = str(self.config_file)
-        return GUNICORN
-
-    def worker_pids(self) -> list[int]:
-        return children(self.pid)
-
 
 Start = Callable[..., Awaitable[GunicornProcess]]
 

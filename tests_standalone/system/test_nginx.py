@@ -1,4 +1,5 @@
-"""Two hosts behind nginx, with the site that is shipped (`deploy/nginx.conf`): two workers each, one PostgreSQL."""
+"""Two hosts behind nginx, with the site that is shipped (`deploy/nginx.conf`): two workers each, one PostgreSQL; run by
+`gateway serve` and by gunicorn."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests_standalone.support.gateway import GatewayProcess, children
+from tests_standalone.support.gunicorn import GunicornProcess
 from tests_standalone.support.nginx import Nginx
 from tests_standalone.support.upstream import ScriptedUpstream
 from tests_standalone.system.conftest import end, in_front_of
@@ -33,16 +35,19 @@ class Site:
         return [line for line in map(json.loads, lines) if line["logger"] == "gateway.access"]
 
 
-@pytest.fixture(params=[["127.0.0.0/8"]])
+@pytest.fixture(
+    params=[(["127.0.0.0/8"], GatewayProcess), (["127.0.0.0/8"], GunicornProcess)], ids=["serve", "gunicorn"]
+)
 async def site(
     request: pytest.FixtureRequest, upstream: ScriptedUpstream, database_urls: dict[str, str], tmp_path: Path
 ) -> AsyncIterator[Site]:
-    server = {"trusted_proxies": request.param, "first_chunk_wait": 60}
+    trusted, host = request.param
+    server = {"trusted_proxies": trusted, "first_chunk_wait": 60}
     async with AsyncExitStack() as stack:
         hosts = []
         for name in ("one", "two"):
             config = in_front_of(upstream, database_urls["postgres"], workers=2, server=server)
-            hosts.append(await stack.enter_async_context(GatewayProcess(config, folder=tmp_path / name)))
+            hosts.append(await stack.enter_async_context(host(config, folder=tmp_path / name)))
         nginx = await stack.enter_async_context(Nginx(tmp_path / "nginx", [host.port for host in hosts]))
         before = await post_chat(nginx.port, chat("answer"))
         assert before.status == 401, "a forwarded request is a stranger's, though it comes from this machine"
@@ -171,7 +176,11 @@ async def test_a_call_that_a_dead_host_had_is_not_repeated_and_the_next_goes_els
 
 @pytest.mark.parametrize(
     ("site", "logged"),
-    [(["127.0.0.1"], "127.0.0.2"), (["127.0.0.0/8"], "198.51.100.7"), ([], "127.0.0.1")],
+    [
+        ((["127.0.0.1"], GatewayProcess), "127.0.0.2"),
+        ((["127.0.0.0/8"], GatewayProcess), "198.51.100.7"),
+        (([], GatewayProcess), "127.0.0.1"),
+    ],
     indirect=["site"],
     ids=["nginx", "nginx-and-client", "nobody"],
 )
