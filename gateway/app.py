@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
-from starlette.routing import Router
+from starlette.routing import BaseRoute, Route, Router
 
 from gateway import __version__
 from gateway.admission import Admission
@@ -51,6 +51,7 @@ class Gateway:
         self.drain = Drain()
         self._problems: list[str] = []
         routes = [route for dialect in DIALECTS for route in dialect.routes()]
+        self._known = _without_parameters(routes)
         self._router = Router(routes, redirect_slashes=False, default=not_found, lifespan=self._lifespan)
         inner = ErrorBoundary(OnePath(self._routed))
         self._app = CORS(Observed(inner, settings.server.trusted_proxies), settings.server.cors_origins)
@@ -78,8 +79,13 @@ class Gateway:
                 raise
 
     async def _routed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"] = self  # makes the router raise for a wrong method instead of answering in plain text
-        await self._router(scope, receive, send)
+        route = self._known.get((scope.get("method", ""), scope.get("path", "")))
+        if route is not None:
+            scope["route"], scope["path_params"] = route, {}
+            await route.app(scope, receive, send)
+        else:
+            scope["app"] = self  # makes the router raise for a wrong method instead of answering in plain text
+            await self._router(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: object) -> AsyncIterator[dict[str, Any]]:
@@ -126,6 +132,16 @@ class Gateway:
                 await transport.aclose()
             counter.close()
             await database.close()
+
+
+def _without_parameters(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], Route]:
+    """What needs no search, by method and path."""
+    return {
+        (method, route.path): route
+        for route in routes
+        if isinstance(route, Route) and "{" not in route.path
+        for method in route.methods or ()
+    }
 
 
 def create_app(settings: Settings | None = None) -> Gateway:

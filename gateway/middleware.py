@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
@@ -17,6 +16,7 @@ from typing import Protocol
 from starlette.exceptions import HTTPException
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
+from gateway.ids import random_hex
 from gateway.responses import Header, Message, Receive, Scope, Send, send_error
 
 access_log = logging.getLogger("gateway.access")
@@ -29,6 +29,8 @@ _SLASHES = re.compile(r"/{2,}")
 _CALLS = r"chat/completions|completions|embeddings|moderations|images/[a-z]+|audio/[a-z]+"
 _AZURE = re.compile(rf"/openai/deployments/(.+?)(/(?:{_CALLS}))|/openai(/v1(?:/.*)?)")
 _WITHOUT_V1 = re.compile(rf"/({_CALLS}|models)(/.*)?")
+_AS_IT_IS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"})
+"""What most ask for, spelled as the routes are."""
 _VARY: list[Header] = [(b"vary", b"Origin")]
 _METHODS = b"GET, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED = (
@@ -41,7 +43,11 @@ _EXPOSED = (
 
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of that name (lower case)."""
-    return next((value for key, value in scope["headers"] if key == name), None)
+    for key, value in scope["headers"]:
+        if key == name:
+            found: bytes = value
+            return found
+    return None
 
 
 def one_path(path: str) -> str:
@@ -82,11 +88,11 @@ class CORS:
             await self._app(scope, receive, send)
             return
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 extra = [*self._origin(origin), (b"access-control-expose-headers", _EXPOSED)] if allowed else _VARY
                 message["headers"] = [*message["headers"], *extra]
-            await send(message)
+            return send(message)
 
         await self._app(scope, receive, send_with_headers)
 
@@ -119,7 +125,7 @@ class Observed:
     """Gives every request an id and a line in the access log: method, path, status, time. Never the query string,
     a header that could hold a secret, or a word of a prompt. `X-Forwarded-For` counts only from `trusted_proxies`.
 
-    The state's `metrics`, if there, counts them.
+    The state's `metrics`, if there, counts them. Its `status` is that of an answer that has begun.
     """
 
     def __init__(self, app: App, trusted_proxies: Iterable[str] = ()) -> None:
@@ -135,20 +141,20 @@ class Observed:
         request_id = given.decode() if given is not None and safe else _new_id()
         scope["state"]["request_id"] = request_id
         started = time.perf_counter()
-        status = 499
+        state = scope["state"]
         streamed = False
         id_header = (b"x-request-id", request_id.encode())
-        metrics: RequestMetrics | None = scope["state"].get("metrics")
+        metrics: RequestMetrics | None = state.get("metrics")
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal status, streamed
+        def send_with_id(message: Message) -> Awaitable[None]:
+            nonlocal streamed
             if message["type"] == "http.response.start":
-                status = message["status"]
-                if metrics is not None and _is_event_stream(message["headers"]):
+                state["status"] = message["status"]
+                headers = message["headers"] = [*message["headers"], id_header]
+                if metrics is not None and _is_event_stream(headers):
                     streamed = True
                     metrics.stream_begun()
-                message["headers"] = [*message["headers"], id_header]
-            await send(message)
+            return send(message)
 
         if metrics is not None:
             metrics.request_begun()
@@ -156,7 +162,7 @@ class Observed:
             await self._app(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started
-            status = 499 if scope["state"].get("client_left") else status
+            status = 499 if state.get("client_left") else state.get("status", 499)
             if metrics is not None:
                 route = scope.get("route")
                 metrics.request_ended(
@@ -169,8 +175,8 @@ class Observed:
                 "status": status,
                 "ms": round(seconds * 1000, 1),
                 "client": self._client(scope),
-                "user": scope["state"].get("user"),
-                "model": scope["state"].get("model"),
+                "user": state.get("user"),
+                "model": state.get("model"),
             }
             access_log.info("request", extra={"fields": fields})
 
@@ -196,7 +202,9 @@ class Observed:
 
 
 class ErrorBoundary:
-    """The last place where a failure becomes a reply in OpenAI's shape. What nobody foresaw is a 500 with an id."""
+    """The last place where a failure becomes a reply in OpenAI's shape. What nobody foresaw is a 500 with an id.
+
+    Inside of `Observed`, which notes whether the answer has begun."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -205,19 +213,12 @@ class ErrorBoundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, send)
         except Exception as raised:
-            await self._answer(raised, scope, send, started=started)
+            await self._answer(raised, scope, send)
 
-    async def _answer(self, raised: Exception, scope: Scope, send: Send, *, started: bool) -> None:
+    async def _answer(self, raised: Exception, scope: Scope, send: Send) -> None:
         """In a frame of its own: one that holds the failure and is held by it would keep the request for a while."""
         failure = _as_gateway_error(raised)
         unforeseen = failure.status == 500
@@ -229,7 +230,7 @@ class ErrorBoundary:
                 failure.log or failure.message,
                 exc_info=raised if unforeseen else None,
             )
-        if not started:
+        if "status" not in scope["state"]:
             await send_error(send, failure, _closing(scope))
 
 
@@ -241,7 +242,7 @@ class OnePath:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and scope["path"] not in _AS_IT_IS:
             azure = _AZURE.fullmatch(_SLASHES.sub("/", scope["path"]).rstrip("/"))
             if azure is not None and azure[1] is not None:
                 scope["state"]["deployment"] = azure[1]
@@ -256,7 +257,7 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _new_id() -> str:
-    return f"req_{secrets.token_hex(16)}"
+    return f"req_{random_hex()}"
 
 
 def _is_event_stream(headers: Iterable[Header]) -> bool:

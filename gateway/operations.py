@@ -8,6 +8,7 @@ The last bytes of a reply are held until its row is durable. What an upstream do
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from gateway.backends.base import OperationReply
@@ -64,7 +65,7 @@ class OperationExchange(Call[OperationRequest]):
             return await self._whole(first)
         return self._hold(first)
 
-    async def read(self) -> bytes:
+    async def read(self, write: Callable[[bytes], bool] | None = None) -> bytes:
         """The next bytes; may be empty. The last ones come after the row is durable. Raises GatewayError, recorded."""
         try:
             return await self._next()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
-from gateway.backends.base import ChunkStream
+from gateway.backends.base import ChunkStream, PushingStream
 from gateway.call import Call, Job, Relay, Reply, backend_failed, cut_short
 from gateway.catalog import Route
 from gateway.errors import GatewayError, UpstreamError
@@ -105,10 +106,12 @@ class StreamExchange(Exchange):
             self._stop_timer()
             raise await self._record_failure(failure) from None
 
-    async def read(self) -> bytes:
-        """The next bytes; may be empty. The last ones come after the turn is durable. Raises GatewayError, recorded."""
+    async def read(self, write: Callable[[bytes], bool] | None = None) -> bytes:
+        """The next bytes; may be empty. The last ones come after the turn is durable. Raises GatewayError, recorded.
+
+        `write`, if given, is called with what comes meanwhile, until it returns False or the end is near."""
         try:
-            return await self._next()
+            return await self._next(write)
         except GatewayError:
             self.ended = True
             raise
@@ -151,11 +154,13 @@ class StreamExchange(Exchange):
         self._stream = stream
         return leaving
 
-    async def _next(self) -> bytes:
+    async def _next(self, write: Callable[[bytes], bool] | None) -> bytes:
         assert self._stream is not None
         if self._broken_off:
             await self._end_early(UpstreamError("The call was broken off."))
         try:
+            if write is not None and self._editor.failure is None and isinstance(self._stream, PushingStream):
+                await self._stream.push(partial(self._pass_on, write))
             if self._editor.failure is not None:
                 raise _as_upstream_error(self._editor.failure)
             chunks = await self._stream.read()
@@ -170,6 +175,11 @@ class StreamExchange(Exchange):
             self._bound_drain()
             return leaving
         return await self._end()
+
+    def _pass_on(self, write: Callable[[bytes], bool], chunks: Sequence[Chunk]) -> bool:
+        leaving = self._feed(chunks)
+        self._bound_drain()
+        return (not leaving or write(leaving)) and self._editor.failure is None
 
     def _feed(self, chunks: Sequence[Chunk]) -> bytes:
         try:

@@ -2,9 +2,9 @@
 
 Rules of the answer:
 
-* The head waits for the first piece of the body, so that both leave in one write; but no longer than until the loop
-  comes round. An answer whose body is late shows its status at once.
-* A piece of the body is one write. Before it, `send` waits while the peer has not taken what was written earlier.
+* What is sent, the head too, leaves once the loop has run what is ready: together with what follows it, and behind the
+  answers to others (`outbox`). Before it is taken, `send` waits while the peer has not taken what was written earlier.
+* `pass_on`, offered as the scope's extension `gateway.pass_on`, takes pieces of a body without a task that sends.
 * An application that returns before the end of its answer means it: what it wrote is sent, the closing chunk is not.
 * A body of the request that nobody waited for ends the connection.
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from typing import Any, cast
 
 from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent, HTTPScope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -33,7 +33,19 @@ logger = logging.getLogger(__name__)
 
 _FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection"})
 _LINES = re.compile(rb'(?:[^\x00-\x1f\x7f()<>@,;:\\\[\]={} \t"]++: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+')
-_ONE_WRITE = 64 * 1024  # a longer body is not copied to stand behind its head
+
+
+class _Sent:
+    """What there is to wait for when something was sent: nothing."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Iterator[None]:
+        return _NOTHING
+
+
+_NOTHING: Iterator[None] = iter(())
+SENT = cast("Awaitable[None]", _Sent())
 
 
 class Receiver:
@@ -85,11 +97,11 @@ class GatewayCycle:
         self._news = False  # since the last `receive`
         self._wake: asyncio.Event | None = None
         self._gone: Callable[[], None] | None = None
-        self._head = b""
         self._chunked = False
         self._left: int | None = 0  # bytes that the answer's body still has to have; None: as many as come
 
     async def run_asgi(self, app: ASGI3Application) -> None:
+        self.scope["extensions"] = {"gateway.pass_on": self.pass_on}  # type: ignore[dict-item]  # no settings, a method
         try:
             await app(self.scope, Receiver(self), self.send)
         except asyncio.CancelledError:  # the drain is over; nobody waits for this task, so it may end quietly
@@ -103,13 +115,13 @@ class GatewayCycle:
             await self._fail(500, "server_error", None, "The gateway had no answer to the request.")
         finally:
             self._on_response = _nothing
+            del self.scope["extensions"]  # which knows us
 
     async def _fail(self, status: int, kind: str, code: str | None, message: str) -> None:
         """Ends an answer that the application left unfinished; does nothing after a finished one."""
         if self.response_complete or self.disconnected:
             return
         if self.response_started:
-            self.send_head()
             self.transport.close()
             return
         body = error_body(message, kind, code)
@@ -183,9 +195,17 @@ class GatewayCycle:
 
     # -- the answer ------------------------------------------------------------------------------------------------
 
-    async def send(self, message: ASGISendEvent) -> None:
+    def send(self, message: ASGISendEvent) -> Awaitable[None]:
         if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
+            return self._send_later(message)
+        self._take(message)
+        return SENT
+
+    async def _send_later(self, message: ASGISendEvent) -> None:
+        await self.flow.drain()
+        self._take(message)
+
+    def _take(self, message: ASGISendEvent) -> None:
         if self.disconnected:
             return
         if message["type"] == "http.response.body" and self.response_started and not self.response_complete:
@@ -195,11 +215,18 @@ class GatewayCycle:
         else:
             raise RuntimeError(f"{message['type']!r} was sent out of turn, or after the end of the answer.")
 
-    def send_head(self) -> None:
-        """Does nothing if the head is not made yet, or has left."""
-        head, self._head = self._head, b""
-        if head and not self.disconnected:
-            self.transport.write(head)
+    def pass_on(self, data: bytes) -> bool:
+        """A piece of the body, between the first and the last that `send` takes. False: the peer takes no more at the
+        moment, so the next one is to be `send`."""
+        if self.disconnected:
+            return True
+        if not self.response_started or self.response_complete:
+            raise RuntimeError("A piece of a body was passed on before or after its answer.")
+        if self._chunked and data:
+            self.transport.write_soon(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            self._write(data, more=True)
+        return not self.flow.write_paused
 
     def _begin(self, status: int, headers: Iterable[Header]) -> None:
         self.response_started = True
@@ -210,12 +237,11 @@ class GatewayCycle:
             name = name.lower()
             if name in _FRAMING:
                 framing[name] = value
-            lines += (name, b": ", value, b"\r\n")
+            lines.append(b"%b: %b\r\n" % (name, value))
         told = b"".join(lines)
-        if _LINES.fullmatch(told) is None or told.count(b"\r\n") * 4 != len(lines):
+        if _LINES.fullmatch(told) is None or told.count(b"\r\n") != len(lines):
             raise RuntimeError("A header of the answer has a name or a value that is none.")
-        self._head = b"%b%b%b\r\n" % (STATUS_LINE[status], told, self._frame(status, framing))
-        self._loop.call_soon(self.send_head)
+        self.transport.write_soon(b"%b%b%b\r\n" % (STATUS_LINE[status], told, self._frame(status, framing)))
 
     def _frame(self, status: int, told: dict[bytes, bytes]) -> bytes:
         """Settles how the body is framed and whether the connection goes on. Gives the lines that nobody told."""
@@ -243,12 +269,8 @@ class GatewayCycle:
                 data += b"0\r\n\r\n"
         else:
             data = self._counted(body)
-        if self._head and len(data) <= _ONE_WRITE:
-            self._head, data = b"", self._head + data
-        if self._head:
-            self.send_head()
         if data:
-            self.transport.write(data)
+            self.transport.write_soon(data)
         if not more:
             self._complete()
 

@@ -8,7 +8,13 @@ from collections.abc import Callable, Sized
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from gateway.outbox import Outbox
+
 __all__ = ["GatewayFlow", "Outlet"]
+
+
+_MOST_HELD = 64 * 1024
+"""Bytes of one connection that wait for others', and that are copied to leave in one piece."""
 
 
 class GatewayFlow(FlowControl):
@@ -26,18 +32,52 @@ class GatewayFlow(FlowControl):
 
 
 class Outlet:
-    """What a cycle sees of the transport: it writes straight to the socket, but the protocol decides how to close."""
+    """A connection's way out, for its cycles and for the protocol: what is written leaves in that order, and before
+    the connection closes. The protocol decides how to close (`leave`)."""
 
-    __slots__ = ("close", "is_closing", "write")
+    __slots__ = ("_held", "_leave", "_outbox", "_size", "_transport", "is_closing")
 
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
+    def __init__(self, transport: asyncio.Transport, outbox: Outbox, leave: Callable[[], None]) -> None:
+        self._transport = transport
+        self._outbox = outbox
+        self._leave = leave
+        self._held: list[bytes] = []
+        self._size = 0
         self.is_closing = transport.is_closing
-        self.close = close
+
+    def write(self, data: bytes) -> None:
+        """At once."""
+        if self._held:
+            self._held.append(data)
+            self.flush()
+        else:
+            self._transport.write(data)
+
+    def write_soon(self, data: bytes) -> None:
+        """Together with what others write now; at once if it is much."""
+        if not self._held:
+            self._outbox.add(self)
+        self._held.append(data)
+        self._size += len(data)
+        if self._size > _MOST_HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        held = self._held
+        if held:
+            size, self._held, self._size = self._size, [], 0
+            if len(held) > 1 and size > _MOST_HELD:
+                self._transport.writelines(held)
+            else:
+                self._transport.write(held[0] if len(held) == 1 else b"".join(held))
+
+    def close(self) -> None:
+        self.flush()
+        self._leave()
 
     def let_go(self) -> None:
         """The connection is lost. Without this, it and its last request would wait for the collector of cycles."""
-        self.close = _nothing
+        self._leave = _nothing
 
 
 def _nothing() -> None:

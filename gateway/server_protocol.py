@@ -38,6 +38,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from gateway.outbox import Outbox
 from gateway.server_cycle import GatewayCycle
 from gateway.server_deadlines import TCP_CLOSED, IdleDeadline, WriteDeadline, tcp_progress
 from gateway.server_flow import GatewayFlow, Outlet
@@ -93,7 +94,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         self.flow = GatewayFlow(transport, self.pipeline)
-        self._outlet = Outlet(transport, self._leave)
+        self._outlet = Outlet(transport, _outbox_of(self.server_state, self.loop), self._leave)
         self._write_deadline = WriteDeadline(transport, self.loop, self.write_seconds)
         transport.set_write_buffer_limits(high=self.write_buffer)
         self._expect("head", self.head_seconds, self._head_is_late)
@@ -138,7 +139,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """
         running = self._running
         if running is not None and not running.response_started and running.scope["http_version"] == "1.1":
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._outlet.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def shutdown(self) -> None:
         """The server drains: end now if idle, else after the request that is being received or answered."""
@@ -165,6 +166,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._leaving:
             return
         self._leaving = True
+        self._outlet.flush()
         more = self._in_body or self.flow.read_paused or self._to_discard is not None
         self.pipeline.clear()
         self._last_words = None
@@ -184,6 +186,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._leaving = True
         self._expect_nothing()
         self._idle.stop()
+        self._outlet.flush()
         self.transport.close()
         if self.transport.get_write_buffer_size():
             self._write_deadline.start()
@@ -348,7 +351,6 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._in_body and self.pipeline:
             self.pipeline.popleft()  # not started yet
         elif self._in_body:
-            self.cycle.send_head()
             self.cycle.disconnect()
             if self.cycle.response_started:
                 self._leave()
@@ -361,7 +363,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _say_last_words(self) -> None:
         if self._last_words is not None and not self.transport.is_closing():
-            self.transport.write(self._last_words)
+            self._outlet.write(self._last_words)
         self._leave()
 
     # -- answers -------------------------------------------------------------------------------------------------
@@ -398,3 +400,11 @@ class GatewayProtocol(HttpToolsProtocol):
         super().resume_writing()
         if not self.transport.is_closing():  # what a closing transport still holds stays on the clock
             self._write_deadline.stop()
+
+
+def _outbox_of(state: ServerState, loop: asyncio.AbstractEventLoop) -> Outbox:
+    """One for all connections of a server."""
+    found: Outbox | None = vars(state).get("outbox")
+    if found is None:
+        found = vars(state)["outbox"] = Outbox(loop)
+    return found

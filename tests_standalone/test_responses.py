@@ -28,7 +28,8 @@ class Exchange:
     async def open(self) -> bytes:
         return await self._next()
 
-    async def read(self) -> bytes:
+    async def read(self, write: Callable[[bytes], bool] | None = None) -> bytes:
+        self.write = write
         return await self._next()
 
     async def _next(self) -> bytes:

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -33,6 +33,11 @@ class Recorder:
     def write(self, data: bytes) -> None:
         self._writes.append(data)
         self._transport.write(data)
+
+    def writelines(self, pieces: Iterable[bytes]) -> None:
+        pieces = list(pieces)
+        self._writes += pieces
+        self._transport.writelines(pieces)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -119,22 +124,82 @@ class TestWrites:
             await client.read_until(b"hello")
             assert client.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"]
 
-    async def test_a_stream_is_one_write_a_piece_and_its_head_goes_with_the_first(self) -> None:
-        async with connected(says(start(), body(b"a" * 16, more=True), body(b"b", more=True), body(b"c"))) as client:
+    async def test_what_is_sent_together_is_one_write(self) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send(start())
+            await send(body(b"a" * 16, more=True))
+            await send(body(b"b", more=True))
+            await asyncio.sleep(0.01)
+            await send(body(b"c"))
+
+        async with connected(app) as client:
             await client.send(GET)
             await client.read_until(b"0\r\n\r\n")
             head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
             assert client.writes == [
-                head + b"10\r\naaaaaaaaaaaaaaaa\r\n",
-                b"1\r\nb\r\n",
+                head + b"10\r\naaaaaaaaaaaaaaaa\r\n1\r\nb\r\n",
                 b"1\r\nc\r\n0\r\n\r\n",
             ]
 
-    async def test_a_piece_that_is_empty_is_no_write(self) -> None:
+    async def test_a_piece_that_is_empty_is_nothing(self) -> None:
         async with connected(says(start(), body(b"a", more=True), body(b"", more=True), body(b""))) as client:
             await client.send(GET)
-            await client.read_until(b"0\r\n\r\n")
-            assert client.writes[1:] == [b"0\r\n\r\n"]
+            assert (await client.read_until(b"0\r\n\r\n")).endswith(b"\r\n\r\n1\r\na\r\n0\r\n\r\n")
+
+    async def test_pieces_passed_on_keep_their_place_between_those_that_are_sent(self) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            pass_on = scope["extensions"]["gateway.pass_on"]
+            await send(start())
+            await send(body(b"1", more=True))
+            assert pass_on(b"2")
+            assert pass_on(b"3")
+            await send(body(b"4", more=True))
+            await asyncio.sleep(0.01)
+            assert pass_on(b"5")
+            await send(body(b"6"))
+
+        async with connected(app) as client:
+            await client.send(GET)
+            got = (await client.read_until(b"0\r\n\r\n")).partition(b"\r\n\r\n")[2]
+            assert got == b"".join(b"1\r\n%d\r\n" % number for number in range(1, 7)) + b"0\r\n\r\n"
+            assert len(client.writes) == 2
+
+    async def test_who_passes_on_is_told_when_the_client_reads_nothing(self) -> None:
+        passed, told = 0, asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal passed
+            await send(start())
+            while scope["extensions"]["gateway.pass_on"](b"x" * 65536):
+                passed += 65536
+                await asyncio.sleep(0)
+            told.set()
+            await send(body(b"end", more=False))
+
+        async with connected(app) as client:
+            await client.send(GET)
+            await told.wait()
+            got = await client.read_until(b"3\r\nend\r\n0\r\n\r\n")
+            assert len(got) > passed > 65536
+
+    async def test_nothing_is_passed_on_outside_of_an_answer(self) -> None:
+        raised: list[str] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            pass_on = scope["extensions"]["gateway.pass_on"]
+            for _ in range(2):
+                try:
+                    pass_on(b"x")
+                except RuntimeError as failure:
+                    raised.append(str(failure))
+                if len(raised) == 1:
+                    await send(start(LENGTH_5))
+                    await send(body(b"hello"))
+
+        async with connected(app) as client:
+            await client.send(GET)
+            assert (await client.read_until(b"hello")).count(b"x") == 0
+        assert raised == ["A piece of a body was passed on before or after its answer."] * 2
 
     async def test_a_head_does_not_wait_for_a_body_that_is_late(self) -> None:
         go_on = asyncio.Event()

@@ -35,6 +35,7 @@ from gateway.responses import (
     StreamResponse,
     drive,
     send_json,
+    way_out,
 )
 from gateway.wire.chat import ChatRequest, CompletionRequest, text_of
 from gateway.wire.jsontext import dumps
@@ -54,15 +55,22 @@ class ChatCompletions:
         exchange = StreamExchange(found.relay, job) if request.stream else Exchange(found.relay, job)
         try:
             if isinstance(exchange, StreamExchange):
-                await self._stream(exchange, found, receive, send)
+                await self._stream(exchange, found, scope, receive, send)
             else:
                 await self._whole(exchange, receive, send)
         finally:
             scope["state"]["client_left"] = exchange.stopped == "client_disconnected"
 
-    async def _stream(self, exchange: StreamExchange, found: Services, receive: Receive, send: Send) -> None:
-        wait = found.settings.server.first_chunk_wait
-        response = StreamResponse(exchange, found.drain, lambda: _stream_headers(exchange), first_chunk_wait=wait)
+    async def _stream(
+        self, exchange: StreamExchange, found: Services, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        response = StreamResponse(
+            exchange,
+            found.drain,
+            lambda: _stream_headers(exchange),
+            first_chunk_wait=found.settings.server.first_chunk_wait,
+            pass_on=way_out(scope),
+        )
         await response(receive, send)
 
     async def _whole(self, exchange: Exchange, receive: Receive, send: Send) -> None:

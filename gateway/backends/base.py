@@ -6,7 +6,7 @@ completions) or `Loadable` (it holds models in memory, and can be told to).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -38,6 +38,15 @@ class ChunkStream(Protocol):
 
         May be called from another task, and again.
         """
+
+
+@runtime_checkable
+class PushingStream(Protocol):
+    """A ChunkStream that can also hand over its chunks while the socket is being read."""
+
+    async def push(self, take: Callable[[Sequence[Chunk]], bool]) -> None:
+        """Returns when `take` says False and raises what it raises, or UpstreamError; the rest, the end too, is left to
+        `read`."""
 
 
 class Backend(Protocol):

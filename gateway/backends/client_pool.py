@@ -14,6 +14,7 @@ from collections import deque
 from gateway.backends.client_dial import GOODBYE_SECONDS, Dialer
 from gateway.backends.client_protocol import Connection
 from gateway.backends.client_request import Origin
+from gateway.outbox import Outbox
 
 
 class Pool:
@@ -28,6 +29,7 @@ class Pool:
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.idle: dict[Connection, None] = {}
         self.sockets: set[Connection] = set()
+        self._outbox = Outbox(asyncio.get_running_loop())
         self._closed = False
         self._emptied: asyncio.Future[None] | None = None
 
@@ -97,7 +99,7 @@ class Pool:
 
     async def _dial(self, until: float) -> Connection:
         loop = asyncio.get_running_loop()
-        connection = await self._dialer.dial(self._origin, lambda: Connection(self, loop), until)
+        connection = await self._dialer.dial(self._origin, lambda: Connection(self, loop, self._outbox), until)
         if self._closed:
             connection.drop()
         if not connection.open or connection.transport.is_closing():

@@ -19,6 +19,7 @@ from typing import Protocol, cast
 
 from gateway.backends.client_reply import Reply
 from gateway.backends.transport import Timeouts
+from gateway.outbox import Outbox
 
 WRITE_PIECE = 1 << 18
 _TICK = 0.001
@@ -42,13 +43,16 @@ class Owner(Protocol):
 class Connection(asyncio.Protocol):
     """`open` while its socket is good for another exchange or for the running one."""
 
-    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop, outbox: Outbox) -> None:
         self.open = False
         self.used = False
         self._owner = owner
         self._loop = loop
+        self._outbox = outbox
+        self._hung_up: select.poll | None = None
         self.transport: asyncio.Transport
         self._reply: Reply | None = None
+        self._request: bytes | None = None
         self._unsent: memoryview | None = None
         self._cut_short = False
         self._choked = False
@@ -59,16 +63,24 @@ class Connection(asyncio.Protocol):
     # --- exchanges
 
     def begin(self, head: bytes, body: bytes | None, *, bodiless: bool, timeouts: Timeouts, end: float) -> Reply:
-        """Sends a request. What does not fit into the socket follows by itself while the reply is awaited."""
+        """Sends a request, together with those that others send now. What does not fit into the socket follows by
+        itself while the reply is awaited."""
         reply = self._reply = Reply(self, self._loop, bodiless=bodiless, timeouts=timeouts, end=end)
         self.used = True
         if body is None or len(body) <= WRITE_PIECE:
-            self.transport.write(head + body if body else head)
+            self._request = head + body if body else head
+            self._outbox.add(self)
         else:
             self.transport.write(head)
             self._unsent = memoryview(body)
             self._send_on()
         return reply
+
+    def flush(self) -> None:
+        """Sends the request that waits to be sent with others."""
+        request, self._request = self._request, None
+        if request is not None:
+            self.transport.write(request)
 
     def ready(self) -> bool:
         """May an exchange begin? Nothing came and nobody hung up since the last one, as far as the kernel knows."""
@@ -103,15 +115,16 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         reply, self._reply = self._reply, None
-        self._unsent = None
+        self._request = self._unsent = None
         self._owner.dropped(self, leased=reply is not None)
 
     def _readable(self) -> bool:
-        if not hasattr(select, "poll"):
-            return False
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        if self._hung_up is None:
+            if not hasattr(select, "poll"):
+                return False
+            self._hung_up = select.poll()
+            self._hung_up.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(self._hung_up.poll(0))
 
     # --- what its reply asks for
 
@@ -134,7 +147,12 @@ class Connection(asyncio.Protocol):
             self._cut_short = True
 
     def finish(self, keep: bool) -> None:
-        sent = self._unsent is None and not self._cut_short and self.transport.get_write_buffer_size() == 0
+        sent = (
+            self._request is None
+            and self._unsent is None
+            and not self._cut_short
+            and self.transport.get_write_buffer_size() == 0
+        )
         if keep and sent and self.open:
             self._reply = None
             self._owner.released(self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -47,7 +47,8 @@ class Reply:
 
     __slots__ = (
         "_bodiless", "_complete", "_end", "_failure", "_headed", "_idle", "_junk", "_keep", "_line", "_loop", "_parser",
-        "_paused", "_pieces", "_raw", "_silent", "_size", "_until_close", "_waiter", "headers", "status",
+        "_paused", "_pieces", "_raw", "_silent", "_size", "_take", "_take_failed", "_until_close", "_waiter",
+        "headers", "status",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +71,8 @@ class Reply:
         self._headed = self._complete = self._junk = self._keep = self._paused = self._until_close = False
         self._failure: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[bytes], bool] | None = None
+        self._take_failed: Exception | None = None
 
     # --- the reading side
 
@@ -88,12 +91,35 @@ class Reply:
             if self._failure is not None:
                 raise self._failure
             return b""
-        found = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        self._size = 0
+        found = self._come()
         if self._paused and self._line is not None:
             self._paused = False
             self._line.resume()
+        return found
+
+    async def push(self, take: Callable[[bytes], bool]) -> None:
+        """Hands over what comes while the socket is being read, so that no task has to wake for it. Returns when
+        `take` says False, raises what it raises, and leaves the rest, the end too, to `read`."""
+        while self._pieces:
+            if not take(await self.read()):
+                return
+        if self._line is None:
+            return
+        self._take = take
+        try:
+            await self._wait(self._line, self._idle)
+        finally:
+            self._take = None
+            failure, self._take_failed = self._take_failed, None
+        if failure is not None:
+            raise failure
+
+    def _come(self) -> bytes:
+        """The pieces that have come, as one."""
+        pieces = self._pieces
+        found = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self._size = 0
         return found
 
     async def read_all(self, limit: int) -> bytes:
@@ -137,6 +163,8 @@ class Reply:
                 self.fail(broken(f"malformed reply: {failure.__context__ or failure}"))
                 return
             self._junk = True
+        if self._take is not None and self._pieces:
+            self._hand_over(self._take)
         if self._complete:
             self._over(self._keep and not self._junk)
         elif self._silent > MAX_HEAD:
@@ -144,6 +172,18 @@ class Reply:
         elif self._size > HIGH_WATER and not self._paused and self._line is not None:
             self._paused = True
             self._line.pause()
+
+    def _hand_over(self, take: Callable[[bytes], bool]) -> None:
+        try:
+            goes_on = take(self._come())
+        except Exception as failure:
+            goes_on, self._take_failed = False, failure
+        if not goes_on:
+            self._take = None
+            self._wake()
+        elif self._line is not None:
+            at = self._loop.time() + self._idle
+            self._line.due(at if at < self._end else self._end)
 
     def lost(self, cause: Exception | None) -> None:
         """The connection has ended. A reply without a length of its own ends with it."""
@@ -220,7 +260,7 @@ class Reply:
             self._pieces.append(piece)
             self._size += len(piece)
             self._silent = 0
-            if self._waiter is not None:
+            if self._waiter is not None and self._take is None:
                 self._wake()
 
     def on_message_complete(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Protocol
@@ -199,14 +199,28 @@ class HTTPChunkStream:
     async def read(self) -> Sequence[Chunk]:
         while not (self._ended or self._decoder.complete):
             piece = await self._response.read()
-            try:
-                chunks = self._decoder.feed(piece) if piece else self._decoder.flush()
-            except WireError as failure:
-                raise _unreadable(failure) from failure
+            chunks = self._decoded(piece)
             self._ended = not piece
             if chunks:
                 return chunks
         return ()
+
+    async def push(self, take: Callable[[Sequence[Chunk]], bool]) -> None:
+        push = getattr(self._response, "push", None)
+        if push is None or self._ended or self._decoder.complete:
+            return
+
+        def piece_came(piece: bytes) -> bool:
+            chunks = self._decoded(piece)
+            return (not chunks or take(chunks)) and not self._decoder.complete
+
+        await push(piece_came)
+
+    def _decoded(self, piece: bytes) -> Sequence[Chunk]:
+        try:
+            return self._decoder.feed(piece) if piece else self._decoder.flush()
+        except WireError as failure:
+            raise _unreadable(failure) from failure
 
     async def close(self) -> None:
         if self._closed:
