@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,13 @@ class Gateway:
             if not self._problems:
                 raise
 
-    async def _routed(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _routed(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         route = self._known.get((scope.get("method", ""), scope.get("path", "")))
         if route is not None:
             scope["route"], scope["path_params"] = route, {}
-            await route.app(scope, receive, send)
-        else:
-            scope["app"] = self  # makes the router raise for a wrong method instead of answering in plain text
-            await self._router(scope, receive, send)
+            return route.app(scope, receive, send)
+        scope["app"] = self  # makes the router raise for a wrong method instead of answering in plain text
+        return self._router(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: object) -> AsyncIterator[dict[str, Any]]:

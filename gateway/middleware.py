@@ -43,11 +43,10 @@ _EXPOSED = (
 
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of that name (lower case)."""
-    for key, value in scope["headers"]:
-        if key == name:
-            found: bytes = value
-            return found
-    return None
+    by_name: dict[bytes, bytes] | None = scope.get("gateway.headers")
+    if by_name is None:
+        by_name = scope["gateway.headers"] = dict(reversed(scope["headers"]))
+    return by_name.get(name)
 
 
 def one_path(path: str) -> str:
@@ -73,28 +72,25 @@ class CORS:
         self._origins = frozenset(origin.rstrip("/").encode() for origin in origins)
         self._any = b"*" in self._origins
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return self._app(scope, receive, send)
         covered = bool(self._origins) and one_path(scope["path"]).startswith("/v1")
         origin = header(scope, b"origin") if covered else None
         allowed = origin is not None and (self._any or origin in self._origins)
         if scope["method"] == "OPTIONS":
             plain = [*_VARY, (b"allow", _METHODS), (b"x-request-id", _new_id().encode())]
-            await _send_empty(send, 204, self._preflight(scope, origin) if origin is not None and allowed else plain)
-            return
+            return _send_empty(send, 204, self._preflight(scope, origin) if origin is not None and allowed else plain)
         if origin is None:
-            await self._app(scope, receive, send)
-            return
+            return self._app(scope, receive, send)
+        extra = [*self._origin(origin), (b"access-control-expose-headers", _EXPOSED)] if allowed else _VARY
 
         def send_with_headers(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
-                extra = [*self._origin(origin), (b"access-control-expose-headers", _EXPOSED)] if allowed else _VARY
                 message["headers"] = [*message["headers"], *extra]
             return send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        return self._app(scope, receive, send_with_headers)
 
     def _origin(self, origin: bytes) -> list[Header]:
         if self._any:
@@ -241,13 +237,13 @@ class OnePath:
     def __init__(self, app: App) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and scope["path"] not in _AS_IT_IS:
             azure = _AZURE.fullmatch(_SLASHES.sub("/", scope["path"]).rstrip("/"))
             if azure is not None and azure[1] is not None:
                 scope["state"]["deployment"] = azure[1]
             scope["path"] = one_path(scope["path"])
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from itertools import chain
 from typing import Any, cast
 
 from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent, HTTPScope
@@ -31,7 +32,6 @@ __all__ = ["GatewayCycle", "Receiver"]
 
 logger = logging.getLogger(__name__)
 
-_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection"})
 _LINES = re.compile(rb'(?:[^\x00-\x1f\x7f()<>@,;:\\\[\]={} \t"]++: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+')
 
 
@@ -231,17 +231,15 @@ class GatewayCycle:
     def _begin(self, status: int, headers: Iterable[Header]) -> None:
         self.response_started = True
         self._expects_100_continue = False
-        framing: dict[bytes, bytes] = {}
-        lines: list[bytes] = []
-        for name, value in (*self._default_headers, *headers):
-            name = name.lower()
-            if name in _FRAMING:
-                framing[name] = value
-            lines.append(b"%b: %b\r\n" % (name, value))
-        told = b"".join(lines)
-        if _LINES.fullmatch(told) is None or told.count(b"\r\n") != len(lines):
+        told = [*self._default_headers, *headers]
+        framing = dict(told)
+        if told and not b"".join(framing).islower():
+            told = [(name.lower(), value) for name, value in told]
+            framing = dict(told)
+        lines = b"%b: %b\r\n" * len(told) % tuple(chain.from_iterable(told))
+        if _LINES.fullmatch(lines) is None or lines.count(b"\r\n") != len(told):
             raise RuntimeError("A header of the answer has a name or a value that is none.")
-        self.transport.write_soon(b"%b%b%b\r\n" % (STATUS_LINE[status], told, self._frame(status, framing)))
+        self.transport.write_soon(b"%b%b%b\r\n" % (STATUS_LINE[status], lines, self._frame(status, framing)))
 
     def _frame(self, status: int, told: dict[bytes, bytes]) -> bytes:
         """Settles how the body is framed and whether the connection goes on. Gives the lines that nobody told."""

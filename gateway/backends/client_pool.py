@@ -15,6 +15,7 @@ from gateway.backends.client_dial import GOODBYE_SECONDS, Dialer
 from gateway.backends.client_protocol import Connection
 from gateway.backends.client_request import Origin
 from gateway.outbox import Outbox
+from gateway.outbox import Outbox
 
 
 class Pool:
@@ -29,6 +30,7 @@ class Pool:
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.idle: dict[Connection, None] = {}
         self.sockets: set[Connection] = set()
+        self._outbox = Outbox(asyncio.get_running_loop())
         self._outbox = Outbox(asyncio.get_running_loop())
         self._closed = False
         self._emptied: asyncio.Future[None] | None = None
