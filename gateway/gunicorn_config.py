@@ -24,7 +24,6 @@ from typing import Any
 from gunicorn.arbiter import Arbiter
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
-from gunicorn.workers.base import Worker
 
 from gateway import logs, metrics
 from gateway.cli import serve
@@ -79,7 +78,6 @@ def configuration() -> dict[str, Any]:
         "control_socket_disable": True,
         "on_starting": on_starting,
         "when_ready": when_ready,
-        "child_exit": child_exit,
     }
 
 
@@ -126,10 +124,6 @@ def when_ready(arbiter: Arbiter) -> None:
         _say_and_end([failure.log or failure.message], arbiter)
     else:
         serve.print_banner(settings, about_keys, settings.server.port)
-
-
-def child_exit(arbiter: Arbiter, worker: Worker) -> None:
-    metrics.worker_gone(int(worker.pid))
 
 
 def _say_and_end(problems: Iterable[str], arbiter: Arbiter) -> None:

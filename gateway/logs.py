@@ -10,11 +10,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
 import select
 import sys
 import time
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from threading import get_ident
 from typing import Any, Literal, TextIO
 
 from gateway.wire.jsontext import dumps
@@ -25,23 +28,98 @@ WAIT_SECONDS = 0.2
 WRITE_BYTES = getattr(select, "PIPE_BUF", 4096)
 """What the kernel takes as one: the lines of workers that share a pipe do not mix."""
 
+MOST_WAITING = 64
+
+_PLAIN_WORD = re.compile(r"[!#-<>-\[\]-~]+")
 _ONE_WORD = re.compile(r'[^\s"=\\]+')
+
+_MILLISECONDS = tuple(f".{number:03d}Z" for number in range(1000))
+
+gateway_log = logging.getLogger("gateway")
+access_log = logging.getLogger("gateway.access")
+
+
+def access(
+    request_id: str,
+    method: str,
+    path: str,
+    status: int,
+    seconds: float,
+    client: str | None,
+    user: str | None,
+    model: str | None,
+) -> None:
+    """The line of a request that has ended, in the access log. Where nobody but our handler would see the record that
+    a line usually is, there is none: it costs several times what the line does."""
+    if not access_log.isEnabledFor(logging.INFO):
+        return
+    told = (request_id, method, path, status, seconds, client, user, model)
+    handler = _only_handler()
+    if handler is not None:
+        handler.put(partial(_access_line, handler.formatter, time.time(), *told))
+    else:
+        access_log.info("request", extra={"fields": _access_fields(*told)})
+
+
+def _access_line(formatter: JSONFormatter | TextFormatter, created: float, *told: Any) -> str:
+    return formatter.line(created, "INFO", "gateway.access", "request", _access_fields(*told))
+
+
+def _access_fields(
+    request_id: str,
+    method: str,
+    path: str,
+    status: int,
+    seconds: float,
+    client: str | None,
+    user: str | None,
+    model: str | None,
+) -> dict[str, object]:
+    return {
+        "request_id": request_id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "ms": round(seconds * 1000, 1),
+        "client": client,
+        "user": user,
+        "model": model,
+    }
+
+
+def _only_handler() -> GatheringHandler | None:
+    """Ours, if a record of the access log would go through nothing but it: logging is as `configure` has left it."""
+    handlers = access_log.root.handlers
+    if len(handlers) != 1 or type(handler := handlers[0]) is not GatheringHandler:
+        return None
+    changed = (
+        handler.filters
+        or handler.level > logging.INFO
+        or type(handler.formatter) not in _FORMATTERS
+        or access_log.filters
+        or access_log.handlers
+        or gateway_log.handlers
+        or not access_log.propagate
+        or not gateway_log.propagate
+        or logging.getLogRecordFactory() is not logging.LogRecord
+    )
+    return None if changed else handler
 
 
 class JSONFormatter(logging.Formatter):
     """One object a line. Control characters are escaped, so no input can forge a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": _utc(record.created),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line.update(getattr(record, "fields", {}))
+        fields = getattr(record, "fields", {})
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        text = dumps(line).decode()
+            fields = {**fields, "traceback": self.formatException(record.exc_info)}
+        return self.line(record.created, record.levelname, record.name, record.getMessage(), fields)
+
+    def line(self, created: float, level: str, logger: str, message: str, fields: Mapping[str, object]) -> str:
+        raw = dumps({"time": _utc(created), "level": level.lower(), "logger": logger, "message": message, **fields})
+        text = raw.decode()
+        if raw.isascii() and "\x7f" not in text:  # JSON has escaped the other ones
+            return text
         return text if text.isprintable() else "".join(map(_in_json, text))
 
 
@@ -50,12 +128,14 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        shown = " ".join(f"{key}={_word(value)}" for key, value in fields.items() if value is not None)
-        message = escaped(record.getMessage())
-        lines = [f"{_utc(record.created)[11:19]} {record.levelname:<7} {message} {shown}".rstrip()]
-        if record.exc_info:
-            lines += map(escaped, self.formatException(record.exc_info).split("\n"))
-        return "\n".join(lines)
+        line = self.line(record.created, record.levelname, record.name, record.getMessage(), fields)
+        if not record.exc_info:
+            return line
+        return "\n".join([line, *map(escaped, self.formatException(record.exc_info).split("\n"))])
+
+    def line(self, created: float, level: str, _logger: str, message: str, fields: Mapping[str, object]) -> str:
+        shown = " ".join([f"{key}={_word(value)}" for key, value in fields.items() if value is not None])
+        return f"{_utc(created)[11:19]} {level:<7} {escaped(message)} {shown}".rstrip()
 
 
 class GatheringHandler(logging.StreamHandler[TextIO]):
@@ -64,50 +144,69 @@ class GatheringHandler(logging.StreamHandler[TextIO]):
     `logging.shutdown`, which Python calls when the process ends, writes what waits then.
     """
 
+    formatter: JSONFormatter | TextFormatter
+
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._lines: list[str] = []
-        self._size = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: list[str | Callable[[], str]] = []
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = 0  # of the loop, as long as that is about to flush
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self.format(record) + self.terminator
-            size = len(line.encode(errors="replace"))
-            if self._size + size > WRITE_BYTES:
-                self.flush()
-            self._lines.append(line)
-            self._size += size
-            if record.levelno >= logging.WARNING or not self._will_be_flushed():
+            self._waiting.append(self.format(record))
+            if record.levelno >= logging.WARNING or not self._may_wait():
                 self.flush()
         except Exception:
             self.handleError(record)
 
+    def put(self, line: Callable[[], str]) -> None:
+        """For what is below WARNING: the line is made when it leaves. Many made in a row are cheaper than one each
+        time, when the processor has forgotten how."""
+        try:
+            self._waiting.append(line)
+            if not self._may_wait():
+                self.flush()
+        except Exception:
+            self.handleError(logging.makeLogRecord({"msg": "a line that is lost"}))
+
     def flush(self) -> None:
         self.acquire()
         try:
-            lines, self._lines, self._size = self._lines, [], 0
-            if lines:
-                self.stream.write("".join(lines))
+            waiting = self._waiting[:]
+            del self._waiting[: len(waiting)]  # without a lock others append
+            for text in _in_one_write(line if isinstance(line, str) else line() for line in waiting):
+                self.stream.write(text)
             super().flush()
         finally:
             self.release()
 
-    def _will_be_flushed(self) -> bool:
-        """Sees to it that the running loop does, if there is one."""
+    def _may_wait(self) -> bool:
+        """If there is a running loop, which then flushes. It is remembered: to ask which one runs is slow."""
+        if len(self._waiting) >= MOST_WAITING:
+            return False
+        if self._thread == get_ident() and self._loop.is_running():
+            return True
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return False
-        if self._timer is None or self._loop is not loop:
-            self._loop, self._timer = loop, loop.call_later(WAIT_SECONDS, self._flush_now)
+        if not self._thread or self._loop is not loop:
+            self._loop, self._thread = loop, get_ident()
+            loop.call_later(WAIT_SECONDS, self._flush_now)
         return True
 
     def _flush_now(self) -> None:
-        self._timer = None
+        self._thread = 0
         with contextlib.suppress(OSError, ValueError):  # nowhere is left where this could be said
             self.flush()
+
+    def forget(self) -> None:
+        """In a child that was forked: what waits is its parent's to write, and so is the loop."""
+        self._waiting, self._thread = [], 0
+
+
+_FORMATTERS = (JSONFormatter, TextFormatter)
 
 
 def configure(kind: Format, level: str) -> None:
@@ -115,6 +214,8 @@ def configure(kind: Format, level: str) -> None:
     handler = GatheringHandler(sys.stderr)
     readable = kind == "text" or (kind == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextFormatter() if readable else JSONFormatter())
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=handler.forget)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
@@ -124,8 +225,23 @@ def configure(kind: Format, level: str) -> None:
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
 
 
+def _in_one_write(lines: Iterable[str]) -> Iterator[str]:
+    """As many as the kernel takes as one, or one that is longer."""
+    together: list[str] = []
+    size = 0
+    for line in lines:
+        more = 1 + (len(line) if line.isascii() else len(line.encode(errors="replace")))
+        if together and size + more > WRITE_BYTES:
+            yield "".join(together)
+            together, size = [], 0
+        together += (line, "\n")
+        size += more
+    if together:
+        yield "".join(together)
+
+
 def _utc(seconds: float) -> str:
-    return f"{_utc_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+    return _utc_second(int(seconds)) + _MILLISECONDS[int(seconds % 1 * 1000)]
 
 
 @lru_cache(maxsize=4)
@@ -136,6 +252,8 @@ def _utc_second(second: int) -> str:
 def _word(value: object) -> str:
     """Quoted where it could be taken for more than one word."""
     text = str(value)
+    if _PLAIN_WORD.fullmatch(text):
+        return text
     if _ONE_WORD.fullmatch(text) and text.isprintable():
         return text
     return '"' + escaped(text.replace("\\", r"\\").replace('"', r"\"")) + '"'

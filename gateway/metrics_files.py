@@ -2,10 +2,10 @@
 
 Rules:
 
-- prometheus_client decides how it keeps values when it is imported, by the environment: hence imports in functions.
-- The files of a worker bear the number of a place, which it holds by a lock as long as it lives. The next one to take
-  the place counts on from there. So totals never go down, and there are never more files than workers at one time.
-- Gauges of a place that nobody holds are dropped by whoever is asked next.
+- The files of a worker bear the number of a place, which it holds by a lock as long as it lives: `3.lock`, `3.totals`,
+  `3.gauges`. The next one to take the place counts on from there. So totals never go down, and there are never more
+  files than workers at one time.
+- Gauges of a place that nobody holds are nobody's: they are not read, and whoever takes the place begins anew.
 """
 
 from __future__ import annotations
@@ -15,24 +15,19 @@ import contextlib
 import glob
 import itertools
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from gateway.errors import ConfigError
-
-if TYPE_CHECKING:
-    from prometheus_client import Metric
+from gateway.metrics_numbers import Rows
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The name is prometheus_client's."""
+"""The name is the one that prometheus_client has made known."""
 
 _MEMORY = "/dev/shm"
 _PREFIX = "gateway-metrics-"
 _MAKER = "maker"
-_FILE = re.compile(r"(counter|gauge|histogram)_.+\.db")
 
 
 def prepare(workers: int) -> None:
@@ -54,34 +49,23 @@ def prepare(workers: int) -> None:
         ) from None
 
 
-def worker_gone(pid: int) -> None:
-    """A worker has ended: its gauges go at once, its totals stay. Nobody has to call it, for whoever is asked next
-    sees to it by himself, whatever the pid."""
-    folder = os.environ.get(FOLDER)
-    if folder:
-        _forget_the_dead(folder)
-
-
-def write_into(folder: str) -> None:
-    """From now on values are made in the files of a place of our own."""
-    from prometheus_client import values
-
+def take_place(folder: str) -> tuple[Rows, Rows]:
+    """Totals and gauges of a place of our own. It is ours until this process ends, however it ends."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    place = _take_place(folder)
-    values.ValueClass = values.MultiProcessValue(lambda: place)  # type: ignore[no-untyped-call]
+    place = next(place for place in itertools.count() if _lock(os.path.join(folder, f"{place}.lock")) is not None)
+    totals = os.open(os.path.join(folder, f"{place}.totals"), os.O_RDWR | os.O_CREAT, 0o600)
+    gauges = os.open(os.path.join(folder, f"{place}.gauges"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    return Rows(totals), Rows(gauges)
 
 
-class Files:
-    """The numbers of all workers, as a collector."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    def collect(self) -> Iterable[Metric]:
-        from prometheus_client.multiprocess import MultiProcessCollector
-
-        _forget_the_dead(self._folder)
-        return MultiProcessCollector.merge(_written(self._folder))  # type: ignore[no-any-return, no-untyped-call]
+def read_all(folder: str) -> Iterator[bytes]:
+    """The rows of all places, and the gauges of those that somebody holds."""
+    for lock in glob.glob(os.path.join(glob.escape(folder), "*.lock")):
+        place = lock.removesuffix(".lock")
+        with contextlib.suppress(FileNotFoundError):  # a worker has just taken it
+            yield _read(f"{place}.totals")
+            if _is_held(lock):
+                yield _read(f"{place}.gauges")
 
 
 def _make_folder(parent: str) -> str:
@@ -98,29 +82,6 @@ def _make_folder(parent: str) -> str:
     return folder
 
 
-def _take_place(folder: str) -> int:
-    """The first that nobody holds. It is held until this process ends, however it ends."""
-    from prometheus_client.multiprocess import mark_process_dead
-
-    for place in itertools.count():
-        if _lock(os.path.join(folder, f"{place}.lock")) is not None:
-            mark_process_dead(place, folder)  # type: ignore[no-untyped-call]
-            break
-    return place
-
-
-def _forget_the_dead(folder: str) -> None:
-    from prometheus_client.multiprocess import mark_process_dead
-
-    for file in glob.glob(os.path.join(glob.escape(folder), "*.lock")):
-        lock = _lock(file)
-        if lock is not None:
-            try:
-                mark_process_dead(os.path.basename(file).removesuffix(".lock"), folder)  # type: ignore[no-untyped-call]
-            finally:
-                os.close(lock)
-
-
 def _lock(file: str) -> int | None:
     """An open file that nobody else has locked, or None."""
     import fcntl
@@ -134,17 +95,23 @@ def _lock(file: str) -> int | None:
     return lock
 
 
-def _written(folder: str) -> list[str]:
-    """Without those that a worker has just made, or died over: the library cannot read an empty file."""
-    with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if _FILE.fullmatch(entry.name) and _size(entry)]
+def _is_held(file: str) -> bool:
+    """Asked by a lock that others who ask can have too."""
+    import fcntl
 
-
-def _size(entry: os.DirEntry[str]) -> int:
+    lock = os.open(file, os.O_RDONLY)
     try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # gauges of a worker that is gone
-        return 0
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _read(file: str) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read()
 
 
 def _remove(folder: str, maker: int) -> None:

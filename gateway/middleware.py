@@ -15,11 +15,11 @@ from typing import Protocol
 
 from starlette.exceptions import HTTPException
 
+from gateway import logs
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
 from gateway.ids import random_hex
 from gateway.responses import Header, Message, Receive, Scope, Send, send_error
 
-access_log = logging.getLogger("gateway.access")
 log = logging.getLogger("gateway")
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -164,17 +164,10 @@ class Observed:
                 metrics.request_ended(
                     "" if route is None else route.path, scope["method"], status, seconds, streamed=streamed
                 )
-            fields = {
-                "request_id": request_id,
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "ms": round(seconds * 1000, 1),
-                "client": self._client(scope),
-                "user": state.get("user"),
-                "model": state.get("model"),
-            }
-            access_log.info("request", extra={"fields": fields})
+            logs.access(
+                request_id, scope["method"], scope["path"], status, seconds,
+                self._client(scope), state.get("user"), state.get("model"),
+            )  # fmt: skip
 
     def _client(self, scope: Scope) -> str | None:
         """The peer, or what the last trusted proxy says of it: hops are counted from the right."""

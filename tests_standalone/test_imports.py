@@ -22,7 +22,7 @@ DIALECTS = ("api.common",)
 NOUNS = ("store.conversations", "store.files", "store.keys", "store.sessions", "store.text", "store.usage")
 CORE = (
     *("admission", "attachments", "auth", "budgets", "call", "catalog", "conversations", "drain", "health", "ids"),
-    *("ledger", "limits", "metering", "metrics", "metrics_files", "operations", "price_table", "pricing", "relay"),
+    *("ledger", "limits", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "relay"),
     "tokens",
 )
 WEB = ("middleware", "responses")
@@ -73,7 +73,7 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "gunicorn_worker": ("errors", "server", "serving"),
     "gunicorn_config": ("*",),
     "serving": ("errors", "server", "server_protocol", "supervisor"),
-    "middleware": ("errors", "ids", "responses", *WIRE),
+    "middleware": ("logs", "errors", "ids", "responses", *WIRE),
     "responses": ("errors", *WIRE, *CORE),
     "api.*": ("", "errors", "config", *WIRE, *CORE, *WEB, *NOUNS, "store.database", *BACKENDS, *DIALECTS),
     "store": (),

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,6 +114,212 @@ def test_any_text_is_one_line_that_can_be_read_back(message: str, path: str) -> 
     assert len(TextFormatter().format(record(message, path=path)).splitlines()) == 1
 
 
+# the access log
+
+
+REQUEST: dict[str, Any] = {
+    "request_id": "req_1", "method": "POST", "path": "/v1/models", "status": 200, "seconds": 0.01234,
+    "client": "10.0.0.1", "user": "ann", "model": None,
+}  # fmt: skip
+
+
+def by_a_record(**told: Any) -> None:
+    """What `logs.access` does where somebody else may look at the record."""
+    ms = round(told.pop("seconds") * 1000, 1)
+    fields = {name: ms if name == "ms" else told[name] for name in (
+        "request_id", "method", "path", "status", "ms", "client", "user", "model")}  # fmt: skip
+    logging.getLogger("gateway.access").info("request", extra={"fields": fields})
+
+
+def written(call: Callable[..., None], kind: Any, monkeypatch: pytest.MonkeyPatch, **told: Any) -> str:
+    monkeypatch.setattr(sys, "stderr", Writes())
+    monkeypatch.setattr("time.time", lambda: AT)
+    logs.configure(kind, "info")
+    call(**REQUEST | told)
+    text: str = sys.stderr.getvalue()  # type: ignore[attr-defined] # `Writes`
+    return text
+
+
+def test_a_line_of_the_access_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written(logs.access, "json", monkeypatch) == (
+        '{"time":"2027-01-15T08:00:00.250Z","level":"info","logger":"gateway.access","message":"request",'
+        '"request_id":"req_1","method":"POST","path":"/v1/models","status":200,"ms":12.3,"client":"10.0.0.1",'
+        '"user":"ann","model":null}\n'
+    )
+    assert written(logs.access, "text", monkeypatch) == (
+        "08:00:00 INFO    request request_id=req_1 method=POST path=/v1/models status=200 ms=12.3 "
+        "client=10.0.0.1 user=ann\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+@pytest.mark.parametrize("text", [*FORGERIES, "", "a b", 'a"b', "a=b", "a\\b", "é🙂"], ids=ascii)
+def test_it_is_the_line_that_a_record_makes(monkeypatch: pytest.MonkeyPatch, kind: str, text: str) -> None:
+    """A66. Whatever a client sends."""
+    for field in ("request_id", "method", "path", "client", "user", "model"):
+        straight = written(logs.access, kind, monkeypatch, **{field: text})
+        assert straight == written(by_a_record, kind, monkeypatch, **{field: text})
+        assert len(straight.splitlines()) == 1
+
+
+@pytest.mark.parametrize("seconds", [0, 0.00004, 0.0123456, 12.3, 1e9, 1e20])
+def test_a_time_is_written_as_a_record_writes_it(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for kind in ("json", "text"):
+        of_record = written(by_a_record, kind, monkeypatch, seconds=seconds)
+        assert written(logs.access, kind, monkeypatch, seconds=seconds) == of_record
+
+
+async def test_its_lines_keep_their_place_among_others(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "info")
+    log = logging.getLogger("gateway")
+    for number in range(50):
+        log.info("%d", 2 * number)
+        logs.access(**REQUEST | {"request_id": str(2 * number + 1)})
+    log.warning("end")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line.get("request_id", line["message"]) for line in lines] == [*map(str, range(100)), "end"]
+
+
+async def test_it_tells_when_a_request_ended_and_not_when_the_line_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := Writes())
+    logs.configure("json", "info")
+    monkeypatch.setattr("time.time", lambda: AT)
+    logs.access(**REQUEST)
+    monkeypatch.setattr("time.time", lambda: AT + 100)
+    assert stream.all == []
+    logging.getLogger("gateway").warning("out")
+    assert [json.loads(line)["time"] for line in stream.getvalue().splitlines()] == [
+        "2027-01-15T08:00:00.250Z", "2027-01-15T08:01:40.250Z"]  # fmt: skip
+
+
+async def test_no_line_is_lost_between_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := Writes())
+    logs.configure("json", "info")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def talk(number: int) -> None:
+            for count in range(300):
+                logging.getLogger("gateway").info("%d", number * 300 + count)
+
+        talking = [asyncio.create_task(asyncio.to_thread(talk, number)) for number in range(4)]
+        for number in range(1200, 4000):
+            logs.access(**REQUEST | {"request_id": str(number)})
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+        await asyncio.gather(*talking)
+    finally:
+        sys.setswitchinterval(interval)
+    logging.getLogger("gateway").warning("4000")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    told = [int(line.get("request_id", line["message"])) for line in lines]
+    assert sorted(told) == list(range(4001))
+    assert [number for number in told if number >= 1200] == list(range(1200, 4001))
+
+
+@pytest.mark.parametrize("name", ["", "gateway", "gateway.access"])
+def test_a_level_that_is_above_it_keeps_it_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    logs.configure("json", "info")
+    log = logging.getLogger(name)
+    level = log.level
+    try:
+        log.setLevel(logging.WARNING)
+        logs.access(**REQUEST)
+    finally:
+        log.setLevel(level)
+    assert capsys.readouterr().err == ""
+    logs.access(**REQUEST)
+    assert capsys.readouterr().err.count("\n") == 1
+    logs.configure("json", "warning")
+    logs.access(**REQUEST)
+    assert capsys.readouterr().err == ""
+
+
+class Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.mark.parametrize("name", ["", "gateway", "gateway.access"])
+@pytest.mark.parametrize("propagate", [True, False])
+def test_who_else_listens_gets_a_record(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, propagate: bool
+) -> None:
+    """As an application does that runs the gateway inside, or a library that sends logs elsewhere."""
+    logs.configure("json", "info")
+    log, kept = logging.getLogger(name), Kept()
+    monkeypatch.setattr(log, "handlers", [*log.handlers, kept])
+    monkeypatch.setattr(log, "propagate", propagate)
+    logs.access(**REQUEST)
+    (found,) = kept.records
+    assert (found.name, found.levelname, found.getMessage()) == ("gateway.access", "INFO", "request")
+    assert vars(found)["fields"] == {
+        "request_id": "req_1", "method": "POST", "path": "/v1/models", "status": 200, "ms": 12.3,
+        "client": "10.0.0.1", "user": "ann", "model": None,
+    }  # fmt: skip
+    assert capsys.readouterr().err.count("\n") == (propagate or not name)
+
+
+@pytest.mark.parametrize("name", ["gateway", "gateway.access"])
+def test_where_nothing_is_handed_on_nothing_is_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    logs.configure("json", "info")
+    monkeypatch.setattr(logging.getLogger(name), "propagate", False)
+    logs.access(**REQUEST)
+    assert capsys.readouterr().err == ""
+
+
+def refuse(_record: object) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("where", ["logger", "handler"])
+def test_a_filter_is_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    logs.configure("json", "info")
+    filtered = logging.getLogger("gateway.access") if where == "logger" else logging.getLogger().handlers[0]
+    monkeypatch.setattr(filtered, "filters", [refuse])
+    logs.access(**REQUEST)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_others_have_set_up_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    """A formatter, a factory of records, a handler's level."""
+    logs.configure("json", "info")
+    handler = logging.getLogger().handlers[0]
+    handler.setFormatter(logging.Formatter("mine %(levelname)s %(message)s"))
+    logs.access(**REQUEST)
+    assert capsys.readouterr().err == "mine INFO request\n"
+
+    logs.configure("text", "info")
+    logging.setLogRecordFactory(lambda *_, **__: logging.LogRecord("x", logging.INFO, "", 0, "made", (), None))
+    try:
+        logs.access(**REQUEST)
+    finally:
+        logging.setLogRecordFactory(logging.LogRecord)
+    assert " made " in capsys.readouterr().err
+
+    logging.getLogger().handlers[0].setLevel(logging.WARNING)
+    logs.access(**REQUEST)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stream_that_is_gone_is_no_failure_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := Writes())
+    logs.configure("json", "info")
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", told := Writes())
+    logs.access(**REQUEST)
+    assert "Logging error" in told.getvalue()
+
+
 # configure
 
 
@@ -214,6 +421,14 @@ async def test_no_write_is_larger_than_what_the_kernel_takes_as_one() -> None:
     assert len(stream.all) < 100
 
 
+async def test_lines_of_a_loop_that_is_busy_do_not_pile_up() -> None:
+    log, stream = gathering()
+    for number in range(logs.MOST_WAITING):
+        assert stream.all == []
+        log.info("%d", number)
+    assert words("".join(stream.all)) == [*map(str, range(logs.MOST_WAITING))]
+
+
 async def test_a_line_that_is_longer_than_that_leaves_alone_and_whole() -> None:
     log, stream = gathering()
     log.info("before")
@@ -264,3 +479,23 @@ asyncio.run(main())
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert words(ended.stderr) == ["words"]
+
+
+def test_a_forked_child_writes_its_own_lines_only() -> None:
+    """At once: the loop, and what waits in it, are its parent's."""
+    program = """
+import asyncio, logging, os
+from gateway import logs
+async def main():
+    logging.getLogger("x").info("parent")
+    child = os.fork()
+    if not child:
+        logging.getLogger("x").info("child")
+        os._exit(0)
+    os.waitpid(child, 0)
+    logging.getLogger("x").info("end")
+logs.configure("text", "info")
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert words(ended.stderr) == ["child", "parent", "end"]

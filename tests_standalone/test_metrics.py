@@ -14,6 +14,7 @@ from gateway.catalog import Catalog, Provider
 from gateway.errors import NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from gateway.ledger import Ledger, Turn
 from gateway.metrics import MOST_MODELS, Metrics, public_names
+from gateway.metrics_numbers import Rows
 from gateway.store.database import Database
 from tests_standalone.conftest import Unsteady, opened, settle, usage_row
 from tests_standalone.support.gateway import ROOT
@@ -171,7 +172,7 @@ def test_nothing_is_looked_up_twice(metrics: Metrics, monkeypatch: pytest.Monkey
         raise AssertionError("a look-up")
 
     everything()
-    monkeypatch.setattr("prometheus_client.metrics.MetricWrapperBase.labels", refuse)
+    monkeypatch.setattr(Rows, "cells", refuse)
     everything()
     with pytest.raises(AssertionError, match="a look-up"):
         metrics.request_ended(CHAT, "POST", 201, 0.1)

@@ -104,7 +104,14 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_in_the_configuration(
 
 
 def test_the_library_waits_until_it_is_needed() -> None:
-    source = "import sys, gateway.cli, gateway.metrics; print('prometheus_client' in sys.modules, end='')"
+    source = """
+import asyncio, sys, gateway.cli
+from gateway.metrics import Metrics
+async def count():
+    Metrics(str, "1").request_ended("/", "GET", 200, 1)
+asyncio.run(count())
+print('prometheus_client' in sys.modules, end='')
+"""
     assert in_a_process(source) == "False"
 
 
@@ -146,7 +153,40 @@ def test_totals_outlive_workers_and_gauges_do_not(tmp_path: Path) -> None:
 
 
 def test_a_file_that_a_worker_died_over_is_no_obstacle(tmp_path: Path) -> None:
-    """Nor is somebody else's, here the database."""
-    (tmp_path / "counter_7.db").touch()
+    """Nor is somebody else's, here the database, nor a place that has no files yet."""
+    for name in ("0.totals", "0.gauges", "7.lock", "7.totals", "8.lock"):
+        (tmp_path / name).touch()
     (found,) = in_processes(1, work, str(tmp_path), sqlite_url(tmp_path), 2)
     assert sum(value for (name, _), value in found.items() if name == "requests_total") == 2
+
+
+def test_what_a_worker_counts_is_told_at_once_by_others(tmp_path: Path) -> None:
+    """And stays if it is killed, while its gauges go."""
+    source = """
+import asyncio, sys
+from gateway.metrics import Metrics
+async def count():
+    metrics = Metrics(str, "1.0")
+    for line in sys.stdin:
+        metrics.request_ended("/", "GET", 200, 1)
+        print("counted", flush=True)
+asyncio.run(count())
+"""
+    environment = os.environ | {FOLDER: str(tmp_path)}
+    version = ("build_info", frozenset({("version", "1.0")}))
+    with subprocess.Popen(
+        [sys.executable, "-c", source], cwd=ROOT, env=environment, stdin=PIPE, stdout=PIPE, text=True
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        for _ in range(3):
+            other.stdin.write("\n")
+            other.stdin.flush()
+            other.stdout.readline()
+        (found,) = in_processes(1, work, str(tmp_path), sqlite_url(tmp_path), 0)
+        assert found["request_duration_seconds_count", frozenset({("route", "/")})] == 3
+        assert found[version] == 1
+        other.kill()
+    (found,) = in_processes(1, work, str(tmp_path), sqlite_url(tmp_path), 0)
+    assert found["request_duration_seconds_count", frozenset({("route", "/")})] == 3
+    assert version not in found

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.metrics import REQUESTS
+from gateway.metrics_numbers import Together
 from tests_standalone.conftest import eventually
 from tests_standalone.support.gateway import GatewayProcess, free_port
 from tests_standalone.support.upstream import ScriptedUpstream
@@ -60,10 +61,11 @@ async def scraped(gateway: GatewayProcess, name: str, value: float, **labels: st
 def taken(folder: Path) -> dict[str, float]:
     """The chat requests that each worker's file has."""
     found = {}
-    for file in folder.glob("counter_*.db"):
-        samples = [sample for metric in MultiProcessCollector.merge([str(file)]) for sample in metric.samples]
-        mine = [one.value for one in samples if one.name == "gateway_requests_total" and one.labels["route"] == CHAT]
-        found[file.name] = sum(mine)
+    for file in folder.glob("*.totals"):
+        samples = [
+            sample for metric in Together([REQUESTS], [file.read_bytes()]).collect() for sample in metric.samples
+        ]
+        found[file.name] = sum(sample.value for sample in samples if sample.labels["route"] == CHAT)
     return found
 
 
@@ -125,7 +127,7 @@ async def test_totals_survive_a_worker_and_its_gauges_do_not(two: GatewayProcess
         assert found.total("attempts_total", status="ok") == sent
         assert found.total("database_connections_max") == 4
         await scraped(two, "requests_in_progress", 1)  # the scrape; what others say is up to a second old
-    assert taken(folder).keys() == {"counter_0.db", "counter_1.db"}
+    assert taken(folder).keys() == {"0.totals", "1.totals"}
 
 
 async def test_a_folder_of_its_own_goes_with_the_gateway(
