@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
+MINUTES ?= 20
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint conformance bench
+.PHONY: help run test lint conformance bench bench-peers soak
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +29,12 @@ conformance: $(VENV)/installed-test ## suites that others wrote, against a gatew
 
 bench: $(VENV)/installed-test ## what a request costs, with everything on
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: $(VENV)/installed-test ## the same for other gateways, installed into build/peers (850 MB)
+	$(BIN)/python -m benchmarks --peers $(ARGS)
+
+soak: $(VENV)/installed-test ## the gateway at half load for 20 minutes (MINUTES=20), and its memory
+	$(BIN)/python -m benchmarks --soak $(MINUTES) $(ARGS)
 
 $(VENV)/installed: pyproject.toml | $(BIN)/pip
 	$(PIP) --editable .

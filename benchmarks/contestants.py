@@ -1,7 +1,7 @@
 """What is measured: one class for each kind of program that can stand between a client and the upstream.
 
-A contestant is entered by `running`, answers on a port until that ends, and leaves nothing behind. A peer (another
-gateway, installed into an environment of its own) is one more class here and one more row in `contestants`.
+A contestant is entered by `running`, answers on a port until that ends, and leaves nothing behind. Gateways of others
+are in `peers`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import samples
+from benchmarks import installs, machine, samples
 from benchmarks.processes import child
 from tests_standalone.support.gateway import GatewayProcess, free_port
 from tests_standalone.support.postgres import OwnPostgres
@@ -44,21 +44,32 @@ http {{
 @dataclass(frozen=True, slots=True)
 class Running:
     """A contestant that answers. `processes` are the roots of its trees by group; `self` is what is measured, others
-    (a database) are told apart. `start` starts it again and returns the seconds to its first answer."""
+    (a database) are told apart. `start` starts it again and returns the seconds to its first answer. `headers` are what
+    its clients send besides."""
 
     port: int
     key: str | None = None
     processes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     start: Callable[[], float] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Contestant(Protocol):
-    name: str
-    """Short, for options and results."""
-    title: str
+    @property
+    def name(self) -> str:
+        """Short, for options and results."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def version(self) -> str | None: ...
 
     def missing(self) -> str | None:
         """Why it cannot run here; None: it can."""
+
+    def install_mb(self) -> float | None:
+        """Size of what is installed, in millions of bytes; None: there is no such thing. May install it afresh."""
 
     def running(self, upstream: int) -> contextlib.AbstractContextManager[Running]:
         """With the upstream on this port of 127.0.0.1."""
@@ -69,8 +80,12 @@ class Direct:
 
     name = "direct"
     title = "direct"
+    version = None
 
     def missing(self) -> str | None:
+        return None
+
+    def install_mb(self) -> float | None:
         return None
 
     @contextlib.contextmanager
@@ -84,8 +99,19 @@ class Nginx:
     name = "nginx"
     title = "nginx, plain proxy"
 
+    @property
+    def version(self) -> str | None:
+        program = self._program()
+        if program is None:
+            return None
+        said = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stderr
+        return said.strip().rpartition("/")[2]
+
     def missing(self) -> str | None:
         return None if self._program() else "nginx is not installed"
+
+    def install_mb(self) -> float | None:
+        return None
 
     @contextlib.contextmanager
     def running(self, upstream: int) -> Iterator[Running]:
@@ -106,15 +132,23 @@ class Nginx:
 
 @dataclass(slots=True)
 class Gateway:
-    """This gateway, one worker: keys, prices, limits, access log, and every turn durable before its reply ends."""
+    """This gateway: keys, prices, limits, access log, and every turn durable before its reply ends."""
 
     name: str
     title: str
     engine: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    workers: int = 1
+
+    @property
+    def version(self) -> str | None:
+        return machine.commit()
 
     def missing(self) -> str | None:
         return None
+
+    def install_mb(self) -> float | None:
+        return installs.megabytes(installs.this_gateway())
 
     @contextlib.contextmanager
     def running(self, upstream: int) -> Iterator[Running]:
@@ -148,7 +182,7 @@ class Gateway:
         price = {"input": 2.50, "cached_input": 1.25, "output": 10.00}
         backend = {"type": "openai", "base_url": f"http://127.0.0.1:{upstream}/v1", "api_key": "any"}
         return {
-            "server": {"drain_seconds": 1},
+            "server": {"drain_seconds": 1, "workers": self.workers},
             "auth": {"mode": "keys"},
             "backends": {"upstream": backend},
             "models": {name: {"backend": "upstream", "price": price} for name in (samples.MODEL, samples.SLOW_MODEL)},
@@ -170,35 +204,30 @@ def contestants() -> list[Contestant]:
             "postgres",
             {"conversations": {"threading": "off"}},
         ),
+        Gateway("two-workers", "gateway, PostgreSQL, 2 workers", "postgres", workers=2),
     ]
 
 
-def wait_for_answer(port: int, key: str | None, ended: Callable[[], int | None]) -> None:
+def wait_for_answer(
+    port: int, key: str | None, ended: Callable[[], int | None], headers: Mapping[str, str] | None = None
+) -> None:
     """Returns with the first whole answer to a chat call. Raises RuntimeError if the program ends instead."""
     deadline = time.monotonic() + START_SECONDS
-    while not _answers(port, key):
+    while not _answers(port, key, headers):
         if ended() is not None or time.monotonic() > deadline:
             raise RuntimeError("a contestant ended, or gave no answer in time")
         time.sleep(0.01)
 
 
-def _answers(port: int, key: str | None) -> bool:
+def _answers(port: int, key: str | None, headers: Mapping[str, str] | None) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    head, _, body = samples.request(port, key).partition(b"\r\n\r\n")
-    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    head, _, body = samples.request(port, key, headers=headers).partition(b"\r\n\r\n")
+    sent = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
     try:
-        connection.request("POST", "/v1/chat/completions", body, headers)
+        connection.request("POST", "/v1/chat/completions", body, sent)
         answer = connection.getresponse()
         return answer.status == 200 and bool(answer.read())
     except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
-
-
-def nginx_version() -> str | None:
-    program = Nginx._program()
-    if program is None:
-        return None
-    said = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stderr
-    return said.strip().rpartition("/")[2]

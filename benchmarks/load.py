@@ -1,8 +1,8 @@
-"""The load generator, a process of its own: a closed loop on so many connections, for so long.
+"""The load generator, a process of its own: so many connections, each with one request after the other, for so long.
 
-It reads one `Job` as JSON from stdin and prints one `Result`. Requests are bytes made before it began; of answers it
-looks at the status, the length and the end. What it used of a CPU is in the result: near one core, it was the
-bottleneck.
+Each asks as soon as it has its answer, or, with a `rate`, when its next turn has come. It reads one `Job` as JSON from
+stdin and prints one `Result`. Requests are bytes made before it began; of answers it looks at the status, the length
+and the end. What it used of a CPU is in the result: near one core, it was the bottleneck.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from benchmarks.processes import busy_seconds, cpu_seconds, resident_bytes
 from benchmarks.stats import spread
 
 RECONNECT_SECONDS = 0.1
-FINISH_SECONDS = 120.0
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 _END = b"\r\n0\r\n\r\n"
 
@@ -33,7 +32,11 @@ _END = b"\r\n0\r\n\r\n"
 @dataclass(slots=True)
 class Job:
     """`watched` names groups of processes whose CPU time and memory belong into the result. `finish`: at the end no
-    request is begun, and those that run are waited for. `least` bytes make a whole answer, `events` a whole stream."""
+    request is begun, and those that run are waited for, `finish_seconds` at most. `least` bytes make a whole answer,
+    `events` a whole stream. `rate` is how many requests are begun each second; 0: as many as can be.
+
+    The warm-up takes up to `settle_seconds` more until as many requests have ended as there are connections: before
+    that, a slow server still works off the beginning."""
 
     port: int
     kind: Literal["json", "stream"]
@@ -45,6 +48,9 @@ class Job:
     warm_up: float = 1.0
     ramp: float = 0.5
     finish: bool = False
+    finish_seconds: float = 60.0
+    rate: float = 0.0
+    settle_seconds: float = 20.0
     watched: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
@@ -75,6 +81,7 @@ class Tally:
         self.measuring = False
         self.finishing = False
         self.running = 0
+        self.answered = 0
         self.ended = 0
         self.events = 0
         self.latency = array("d")
@@ -94,6 +101,9 @@ class Client(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._waiting = False
         self._began = 0.0
+        self._period = job.connections / job.rate if job.rate else 0.0
+        self._turn = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def connect(self) -> None:
         if not self._tally.finishing:
@@ -108,20 +118,30 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's is one by behaviour only
-        self.ask()
+        self._ask_in_turn()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._waiting:
             self._failed("connection lost")
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.call_later(RECONNECT_SECONDS, self.connect)
+
+    def _ask_in_turn(self) -> None:
+        if self._turn > self._loop.time():
+            self._timer = self._loop.call_at(self._turn, self.ask)
+        else:
+            self.ask()
 
     def ask(self) -> None:
         if self._tally.finishing:
             self._transport.close()
             return
         self._reset()
+        self._timer = None
         self._waiting = True
         self._tally.running += 1
+        self._turn = max(self._turn, self._loop.time()) + self._period
         self._began = time.perf_counter()
         self._transport.write(self._request)
 
@@ -131,10 +151,13 @@ class Client(asyncio.Protocol):
     def _done(self, *, again: bool = True) -> None:
         self._waiting = False
         self._tally.running -= 1
-        if again:
-            self.ask()
-        else:
+        self._tally.answered += 1
+        if not again:
             self._transport.close()
+        elif self._period:
+            self._ask_in_turn()
+        else:
+            self.ask()
 
     def _failed(self, why: str) -> None:
         self._tally.errors[why] += 1
@@ -208,6 +231,7 @@ async def run(job: Job) -> Result:
     for index, client in enumerate(clients):
         loop.call_later(job.ramp * index / job.connections, client.connect)
     await asyncio.sleep(job.ramp + job.warm_up)
+    await _settle(job, tally)
     before, own, machine, began = _cpu(job), time.process_time(), busy_seconds(), time.perf_counter()
     tally.measuring = True
     resident: Counter[str] = Counter()
@@ -219,7 +243,7 @@ async def run(job: Job) -> Result:
     took, after = time.perf_counter() - began, _cpu(job)
     own, machine = time.process_time() - own, busy_seconds() - machine
     if job.finish:
-        await _finish(tally)
+        await _finish(tally, job.finish_seconds)
     return Result(
         seconds=took,
         done=tally.ended if job.kind == "json" else tally.events / job.events,
@@ -235,9 +259,16 @@ async def run(job: Job) -> Result:
     )
 
 
-async def _finish(tally: Tally) -> None:
+async def _settle(job: Job, tally: Tally) -> None:
+    for _ in range(0 if job.finish else int(job.settle_seconds / 0.05)):
+        if tally.answered >= job.connections:
+            return
+        await asyncio.sleep(0.05)
+
+
+async def _finish(tally: Tally, seconds: float) -> None:
     tally.finishing = True
-    for _ in range(int(FINISH_SECONDS / 0.05)):
+    for _ in range(int(seconds / 0.05)):
         if not tally.running:
             return
         await asyncio.sleep(0.05)

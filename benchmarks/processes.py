@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -45,9 +45,28 @@ def tree(roots: Iterable[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of its own group that is ended when we leave. Its stdin stays open for as long as we live."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+def child(
+    command: Sequence[str],
+    *,
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of its own group that is ended when we leave. Its stdin stays open for as long as we live.
+
+    What it prints is for us to read, or goes into `log`, errors too.
+    """
+    with contextlib.ExitStack() as stack:
+        output = subprocess.PIPE if log is None else stack.enter_context(log.open("ab"))
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=None if log is None else subprocess.STDOUT,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
@@ -60,7 +79,8 @@ def child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]  # both are pipes
+                if pipe is not None:
+                    pipe.close()
 
 
 def module(name: str, *arguments: str) -> list[str]:

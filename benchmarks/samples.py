@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 MODEL = "bench"
@@ -25,6 +26,10 @@ _ANSWER = (
     "the database for all calls that wait, one commit for all turns that have ended. What it must not do is parse "
     "what it passes on, or wait alone."
 )
+LEAST = len(_ANSWER)
+"""Fewer bytes are no answer. Gateways that write it anew leave fields out or add some, but the text must be there."""
+EVENTS = CHUNKS + 1
+"""Of a stream, its end mark included."""
 _ID = {"id": "chatcmpl-BxQ4o2mVYtJrXc8ZsLhWk0dNpe9Gf", "created": 1760000000, "model": MODEL}
 _USAGE = {
     "prompt_tokens": 25,
@@ -35,7 +40,9 @@ _USAGE = {
 }
 
 
-def request(port: int, key: str | None, model: str = MODEL, *, stream: bool = False) -> bytes:
+def request(
+    port: int, key: str | None, model: str = MODEL, *, stream: bool = False, headers: Mapping[str, str] | None = None
+) -> bytes:
     """A whole HTTP request, as an SDK would send it. A stream is asked for without `stream_options`."""
     body = _dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "stream": stream})
     head = [
@@ -45,13 +52,14 @@ def request(port: int, key: str | None, model: str = MODEL, *, stream: bool = Fa
         "Content-Type: application/json",
         "User-Agent: benchmark/1",
         *([f"Authorization: Bearer {key}"] if key is not None else []),
+        *(f"{name}: {value}" for name, value in (headers or {}).items()),
         f"Content-Length: {len(body)}",
     ]
     return "\r\n".join([*head, "\r\n"]).encode() + body
 
 
 def completion() -> bytes:
-    """A whole answer, about 720 bytes of JSON."""
+    """A whole answer, about 700 bytes of JSON."""
     message = {"role": "assistant", "content": _ANSWER, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     return _dumps({**_ID, "object": "chat.completion", "choices": [choice], "usage": _USAGE})
