@@ -23,7 +23,7 @@ from gateway.api.common import Readiness, Services
 from gateway.auth import Auth
 from gateway.backends.client import HTTPTransport
 from gateway.call import Relay
-from gateway.compose import build_catalog, ca_files, with_local_ollama
+from gateway.compose import accesses, build_catalog, with_local_ollama
 from gateway.config import Settings, load_settings
 from gateway.conversations import Conversations
 from gateway.drain import Drain
@@ -94,7 +94,7 @@ class Gateway:
             pool_size=settings.database.pool_size,
             statement_cache=settings.database.statement_cache,
         )
-        transports = {path: HTTPTransport(path) for path in ca_files(settings)}
+        transports = {access: HTTPTransport(access) for access in accesses(settings)}
         counter = TokenCounter()
         try:
             catalog = build_catalog(settings, transports)

@@ -22,7 +22,7 @@ from gateway.backends.ollama import OllamaBackend
 from gateway.backends.ollama_wire import OllamaTranslator
 from gateway.backends.openai import OpenAITranslator
 from gateway.backends.scripted import ECHO, Script, ScriptedBackend
-from gateway.backends.transport import Timeouts, Transport
+from gateway.backends.transport import Access, Timeouts, Transport
 from gateway.catalog import Catalog, Model, Provider, Route
 from gateway.config import PLUGINS, BackendSettings, ModelSettings, PriceSettings, Settings
 from gateway.errors import ConfigError
@@ -33,11 +33,11 @@ PROBE_SECONDS = 1.0
 OLLAMA_PORT = "11434"
 
 
-def build_catalog(settings: Settings, transports: Mapping[str | None, Transport]) -> Catalog:
-    """Raises ConfigError."""
+def build_catalog(settings: Settings, transports: Mapping[Access, Transport]) -> Catalog:
+    """`transports`: one for each of `accesses`. Raises ConfigError."""
     table = PriceTable.load()
     providers = {
-        name: _provider(name, backend, transports[backend.ca_file], settings, table)
+        name: _provider(name, backend, transports[_access(settings, backend)], settings, table)
         for name, backend in settings.backends.items()
     }
     models = [_model(name, model, providers) for name, model in settings.models.items()]
@@ -53,8 +53,14 @@ def build_catalog(settings: Settings, transports: Mapping[str | None, Transport]
     )
 
 
-def ca_files(settings: Settings) -> set[str | None]:
-    return {None, *(backend.ca_file for backend in settings.backends.values())}
+def accesses(settings: Settings) -> set[Access]:
+    """The ways in which backends are reached. Each wants a transport of its own."""
+    return {_access(settings, backend) for backend in settings.backends.values()}
+
+
+def _access(settings: Settings, backend: BackendSettings) -> Access:
+    proxy = settings.server.upstream_proxy
+    return Access(backend.ca_file, backend.client_cert, backend.client_key, proxy)
 
 
 def fixed_models(settings: BackendSettings) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from gateway.config_backends import (
     TimeoutSettings,
     check_backends,
 )
-from gateway.config_draft import Draft, Path, dotted, nearest
+from gateway.config_draft import Draft, Path, check_file, dotted, nearest
 from gateway.config_file import read_file
 from gateway.config_values import (
     MASK,
@@ -44,6 +44,7 @@ from gateway.config_values import (
     masked,
     proxy,
     storage_url,
+    upstream_proxy,
 )
 from gateway.errors import ConfigError
 
@@ -58,6 +59,7 @@ __all__ = [
     "QuirkSettings",
     "RouteSettings",
     "ScriptSettings",
+    "ServerSettings",
     "Settings",
     "TimeoutSettings",
     "load_settings",
@@ -77,6 +79,7 @@ class ServerSettings(Section):
     cors_origins: tuple[str, ...] = ("*",)
     trusted_proxies: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    upstream_proxy: str | None = None
     name: str = "gateway"
     version: str | None = None
     log_format: Literal["auto", "text", "json"] = "auto"
@@ -100,6 +103,11 @@ class ServerSettings(Section):
     @classmethod
     def _hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(allowed_host(host) for host in hosts)
+
+    @field_validator("upstream_proxy")
+    @classmethod
+    def _proxy(cls, url: str | None) -> str | None:
+        return None if url is None else upstream_proxy(url)
 
 
 class AuthSettings(Section):
@@ -287,7 +295,7 @@ def load_settings(
     if written is not None:
         check_backends(written.backends, draft)
         _check_models(written, backends, models, draft)
-        _check_files(written, draft)
+        check_file(("conversations", "system_prompt_file"), written.conversations.system_prompt_file, draft)
     if written is None or draft.problems:
         raise ConfigError(draft.problems)
     return _finished(written, prices, draft.notes, probe_ollama=unwritten)
@@ -395,16 +403,6 @@ def _check_fallbacks(written: WrittenSettings, backends: set[str], models: set[s
             elif fallback not in models | listed and fallback.partition("/")[0] not in backends:
                 near = nearest(fallback, sorted(models))
                 draft.complain(path, f"no such model; did you mean {near}?")
-
-
-def _check_files(written: WrittenSettings, draft: Draft) -> None:
-    named: dict[Path, str | None] = {
-        ("conversations", "system_prompt_file"): written.conversations.system_prompt_file,
-        **{("backends", name, "ca_file"): backend.ca_file for name, backend in written.backends.items()},
-    }
-    for path, file in named.items():
-        if file is not None and not os.path.isfile(file):
-            draft.complain(path, "no such file; relative paths begin at the working directory")
 
 
 def _finished(

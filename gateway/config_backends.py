@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from gateway.backends.vendors import NOBODY, VENDORS, CallIds, Quirks, quirks_of, vendor_of
-from gateway.config_draft import Draft, Path, nearest
+from gateway.config_draft import Draft, Path, check_file, nearest
 from gateway.config_values import Section, base_url
 
 PLUGINS = "gateway.backends"
@@ -139,6 +139,8 @@ class BackendSettings(QuirkSettings):
     refuse: tuple[str, ...] = ("chat_template", "logits_processors", "kv_transfer_params")
     models: tuple[str, ...] = ()
     ca_file: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
     timeouts: TimeoutSettings = TimeoutSettings()
     max_event_mb: float | None = Field(None, gt=0, le=64)
     by_model: dict[str, QuirkSettings] | None = None
@@ -235,8 +237,9 @@ class BackendType:
     own_path: str | None = None
 
 
+_FILES = ("ca_file", "client_cert", "client_key")
 _COMMON = frozenset({"on_disconnect", "refuse", "models", "timeouts"})
-_HTTP = _COMMON | {"base_url", "api_key", "headers", "ca_file"}
+_HTTP = _COMMON | {"base_url", "api_key", "headers", *_FILES}
 _OPENAI = _HTTP | {"vendor", "by_model", "max_event_mb", *QuirkSettings.model_fields}
 _ADDRESS = frozenset({"base_url"})
 
@@ -273,6 +276,7 @@ def check_backends(backends: Mapping[str, BackendSettings], draft: Draft) -> Non
                 continue
             kind = PLUGIN
         _check_options(path, backend, kind, draft)
+        _check_files(path, backend, draft)
 
 
 def _check_options(path: Path, backend: BackendSettings, kind: BackendType, draft: Draft) -> None:
@@ -283,3 +287,32 @@ def _check_options(path: Path, backend: BackendSettings, kind: BackendType, draf
             draft.complain((*path, key), f"is missing; type {backend.type} needs it")
     if kind.own_path and re.search(kind.own_path + r"\Z", backend.base_url or ""):
         draft.complain((*path, "base_url"), "must end before the part of the path that the gateway adds itself")
+
+
+def _check_files(path: Path, backend: BackendSettings, draft: Draft) -> None:
+    for key in _FILES:
+        check_file((*path, key), getattr(backend, key), draft)
+    if backend.client_key is not None and backend.client_cert is None:
+        draft.complain((*path, "client_key"), "belongs to a client_cert; add it")
+    if any(getattr(backend, key) for key in _FILES) and not any(draft.reported((*path, key)) for key in _FILES):
+        _check_certificates(path, backend, draft)
+
+
+def _check_certificates(path: Path, backend: BackendSettings, draft: Draft) -> None:
+    import ssl  # not needed by those who have none
+
+    def no_pass_phrase() -> str:
+        raise OSError("nobody is there to type it")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if backend.ca_file is not None:
+        try:
+            context.load_verify_locations(backend.ca_file)
+        except OSError:
+            draft.complain((*path, "ca_file"), "holds no certificates that can be read, as PEM")
+    if backend.client_cert is not None:
+        try:
+            context.load_cert_chain(backend.client_cert, backend.client_key, no_pass_phrase)
+        except OSError:
+            what = "must hold a certificate that fits client_key, or both in one file, as PEM and without a pass phrase"
+            draft.complain((*path, "client_cert"), what)

@@ -6,6 +6,7 @@ A complaint names paths, variables and known names, never a value: any value may
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Collection
 from types import NoneType
@@ -91,6 +92,11 @@ class Draft:
         if cut is not None:
             del cut[0][cut[1]]
         return cut is not None
+
+
+def check_file(path: Path, file: str | None, draft: Draft) -> None:
+    if file is not None and not os.path.isfile(file):
+        draft.complain(path, "no such file; relative paths begin at the working directory")
 
 
 def bare(annotation: Any) -> Any:

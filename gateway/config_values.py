@@ -132,6 +132,20 @@ def proxy(address: str) -> str:
     return address
 
 
+def upstream_proxy(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme == "http" and bool(parts.hostname) and bool(parts.port) and parts.path in ("", "/")
+    except ValueError:
+        good = False
+    if not good or re.search(r"[\s?#]", url) or not url.isascii():
+        raise ValueError(
+            "must look like http://host:3128 or http://user:password@host:3128, with %40 for @ and the like;"
+            " it is asked with CONNECT, other kinds of proxy are not spoken"
+        )
+    return url.rstrip("/")
+
+
 def allowed_host(host: str) -> str:
     if not re.fullmatch(r"[\w.:\[\]-]+", host):
         raise ValueError("must hold host names like chat.example.com, without https://")

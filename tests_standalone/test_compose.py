@@ -19,13 +19,15 @@ from gateway.backends.client import HTTPTransport
 from gateway.backends.http import HTTPBackend
 from gateway.backends.ollama import OllamaBackend
 from gateway.backends.scripted import ScriptedBackend
+from gateway.backends.transport import Access
 from gateway.catalog import CREATED, Catalog
-from gateway.compose import _ollama_url, build_backend, build_catalog, ca_files, with_local_ollama
-from gateway.config import BackendSettings, Settings, load_settings
+from gateway.compose import _ollama_url, accesses, build_backend, build_catalog, with_local_ollama
+from gateway.config import BackendSettings, ServerSettings, Settings, load_settings
 from gateway.errors import ConfigError, ModelNotFound
 from gateway.pricing import Price
 from gateway.wire.chat import ChatRequest
 from gateway.wire.operation import CHAT, OPERATIONS
+from tests_standalone.backends.certificates import Certificates
 from tests_standalone.support.ollama import ScriptedOllama
 from tests_standalone.support.upstream import ScriptedUpstream
 
@@ -50,7 +52,7 @@ async def catalog_of(tmp_path: Path, transport: HTTPTransport) -> AsyncIterator[
 
     def build(**config: Any) -> Catalog:
         settings = load(tmp_path, config)
-        catalog = build_catalog(settings, dict.fromkeys(ca_files(settings), transport))
+        catalog = build_catalog(settings, dict.fromkeys(accesses(settings), transport))
         catalog.start()
         built.append(catalog)
         return catalog
@@ -268,11 +270,42 @@ async def test_without_backends_there_is_the_echo(catalog_of: Any) -> None:
         await catalog.resolve("any")
 
 
-def test_files_of_authorities(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_text("")
-    settings = Settings(backends={"a": BackendSettings(type="openai", base_url="http://h", ca_file="x.pem")})
-    assert ca_files(settings) == {None, "x.pem"}
-    assert ca_files(Settings()) == {None}
+def test_a_transport_for_each_way_to_reach_backends() -> None:
+    plain = BackendSettings(type="openai", base_url="http://h")
+    own = plain.model_copy(update={"ca_file": "x.pem", "client_cert": "c.pem", "client_key": "c.key"})
+    settings = Settings(backends={"a": plain, "b": own, "c": own})
+    assert accesses(settings) == {Access(), Access("x.pem", "c.pem", "c.key")}
+    proxy = "http://h:3128"
+    behind = settings.model_copy(update={"server": ServerSettings(upstream_proxy=proxy)})
+    assert accesses(behind) == {Access(proxy=proxy), Access("x.pem", "c.pem", "c.key", proxy)}
+    assert accesses(Settings()) == set()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def test_each_backend_gets_its_own(tmp_path: Path, certificates: Certificates) -> None:
+    plain = {"type": "openai", "base_url": "http://h", "models": ["m"]}
+    cert, key = certificates.client
+    settings = load(
+        tmp_path,
+        {
+            "backends": {
+                "a": plain,
+                "b": {**plain, "ca_file": certificates.ca, "client_cert": cert, "client_key": key},
+            },
+            "server": {"upstream_proxy": "http://h:3128"},
+        },
+    )
+    given: dict[Access, Any] = {access: object() for access in accesses(settings)}
+    backends: list[Any] = [provider.backend for provider in build_catalog(settings, given).providers]
+    found = {backend.name: backend._transport for backend in backends}
+    assert found == {
+        "a": given[Access(proxy="http://h:3128")],
+        "b": given[Access(certificates.ca, cert, key, "http://h:3128")],
+    }
 
 
 # An Ollama that is there

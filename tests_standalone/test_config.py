@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from gateway.backends.vendors import CallIds, Quirks, quirks_of
 from gateway.config import DatabaseSettings, PriceSettings, Settings, load_settings, mask_url
 from gateway.errors import ConfigError
+from tests_standalone.backends.certificates import Certificates
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"
 LOCAL = "backends: {local: {type: openai, base_url: 'http://127.0.0.1:9/v1'}}\n"
@@ -483,6 +484,7 @@ def test_what_a_backend_has_when_it_says_nothing() -> None:
     backend = load(LOCAL).backends["local"]
     assert backend.refuse == ("chat_template", "logits_processors", "kv_transfer_params")
     assert (backend.on_disconnect, backend.ca_file, backend.models, backend.headers) == (None, None, (), {})
+    assert (backend.client_cert, backend.client_key) == (None, None)
     assert backend.timeouts.total is None
 
 
@@ -507,6 +509,10 @@ def test_what_a_backend_has_when_it_says_nothing() -> None:
             "backends.b.headers: must have values of one line",
         ),
         ("{type: openai, base_url: 'http://h', ca_file: no.pem}", "backends.b.ca_file: no such file"),
+        ("{type: openai, base_url: 'http://h', client_cert: no.pem}", "backends.b.client_cert: no such file"),
+        ("{type: openai, base_url: 'http://h', client_key: config.yaml}", "backends.b.client_key: belongs to a"),
+        ("{type: openai, base_url: 'http://h', ca_file: config.yaml}", "backends.b.ca_file: holds no certificates"),
+        ("{type: openai, base_url: 'http://h', client_cert: config.yaml}", "backends.b.client_cert: must hold a cert"),
         (
             "{type: openai, base_url: 'http://h', on_disconnect: stop}",
             "backends.b.on_disconnect: must be 'drain' or 'cancel'",
@@ -516,6 +522,60 @@ def test_what_a_backend_has_when_it_says_nothing() -> None:
 )
 def test_backends_with_mistakes(entry: str, expected: str) -> None:
     assert problem(f"backends: {{b: {entry}}}").startswith(expected)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def test_certificates_of_a_backend(certificates: Certificates) -> None:
+    def told(**files: str) -> str:
+        text = "".join(f", {key}: '{file}'" for key, file in files.items())
+        entry = f"backends: {{b: {{type: openai, base_url: 'https://h'{text}}}}}"
+        try:
+            load(entry)
+        except ConfigError as failure:
+            return "; ".join(failure.problems)
+        return ""
+
+    cert, key = certificates.client
+    assert told(ca_file=certificates.ca, client_cert=cert, client_key=key) == ""
+    assert told(client_cert=certificates.together()) == ""
+    wrong = "must hold a certificate that fits client_key, or both in one file, as PEM and without a pass phrase"
+    for other in ({}, {"client_key": certificates.server[1]}, {"client_key": certificates.locked()[1]}):
+        assert told(client_cert=cert, **other) == f"backends.b.client_cert: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("http://proxy.example:3128", "http://proxy.example:3128"),
+        ("http://ann:p%40ss@[::1]:3128/", "http://ann:p%40ss@[::1]:3128"),
+        ("", None),
+        ("null", None),
+    ],
+)
+def test_the_proxy_on_the_way_to_upstreams(written: str, kept: str | None) -> None:
+    assert load("{}", {"GATEWAY__SERVER__UPSTREAM_PROXY": written}).server.upstream_proxy == kept
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["proxy:3128", "http://proxy", "https://proxy:3128", "socks5://proxy:1080", "http://proxy:3128/path", "http://:3128",
+     "http://proxy:0", "http://proxy:x", "http://ann:a?b@proxy:3128", "http://ann:secré@proxy:3128"],
+)  # fmt: skip
+def test_what_is_no_proxy(written: str) -> None:
+    assert problem(f"server: {{upstream_proxy: '{written}'}}").startswith(
+        "server.upstream_proxy: must look like http://host:3128 or http://user:password@host:3128"
+    )
+
+
+def test_the_password_of_a_proxy_is_not_shown() -> None:
+    settings = load("server: {upstream_proxy: 'http://ann:s3cret@proxy.example:3128'}")
+    for shown in (settings.describe(), repr(settings), str(settings.server)):
+        assert "s3cret" not in shown
+        assert "proxy.example:3128" in shown
 
 
 @pytest.mark.parametrize(

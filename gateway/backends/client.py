@@ -2,15 +2,17 @@
 
     HTTPTransport       one `send` from start to end: this module
       client_request    method, URL and headers to bytes
+      client_upload     bodies that come piece by piece
       client_pool       leases of connections, one pool for each origin
       client_dial       new connections: names, addresses, TLS
+      client_tunnel     CONNECT, where connections go through a proxy
       client_protocol   one socket, one exchange after another
       client_reply      the reply: parser, buffer, time limits
       client_inflate    replies that come compressed unasked
 
 Rules:
 
-- Redirects are not followed, cookies not kept, proxies of the environment not used.
+- Redirects are not followed, cookies not kept, proxies of the environment not used, only the one that was given.
 - A connection is used again only after a reply of known length came to a clean end and the whole request was sent;
   never after an error, an end that was not asked for, or bytes that belong to no reply. Before a connection that was
   idle is used, the kernel is asked whether the upstream has hung up.
@@ -36,7 +38,8 @@ from gateway.backends.client_pool import Pool
 from gateway.backends.client_protocol import Connection
 from gateway.backends.client_reply import Reply, broken
 from gateway.backends.client_request import Origin, Target, header_lines, target_of
-from gateway.backends.transport import Response, Timeouts
+from gateway.backends.client_upload import Upload
+from gateway.backends.transport import Access, Body, Response, Timeouts
 from gateway.errors import UNSENT, NeverSent, UpstreamError, UpstreamUnreachable
 
 _REPEATABLE = frozenset({"GET", "HEAD"})
@@ -49,15 +52,14 @@ class HTTPTransport:
 
     def __init__(
         self,
-        ca_file: str | None = None,
+        access: Access | None = None,
         *,
-        client_cert: tuple[str, str] | None = None,
         max_connections_per_origin: int = 20_000,
         idle_seconds: float = 15,
     ) -> None:
-        """`client_cert`: files of a chain and of its key. Raises OSError for files that cannot be used."""
+        """Raises OSError for files that cannot be used."""
         self._loop = asyncio.get_running_loop()
-        self._dialer = Dialer(ca_file, client_cert)
+        self._dialer = Dialer(access or Access())
         self._most = max_connections_per_origin
         self._idle_seconds = idle_seconds
         self.pools: dict[Origin, Pool] = {}
@@ -65,21 +67,24 @@ class HTTPTransport:
         self._header_lines = functools.lru_cache(_KEPT_HEADERS)(header_lines)
         self._closed = False
 
-    async def send(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeouts: Timeouts
-    ) -> Response:
+    async def send(self, method: str, url: str, headers: Mapping[str, str], body: Body, timeouts: Timeouts) -> Response:
+        upload = None
+        if body is not None and not isinstance(body, bytes):
+            upload, body = Upload(body), None
         try:
             target, pool = self._targets.get((method, url)) or self._target(method, url)
-            head = target.head(self._header_lines(tuple(headers.items())), body)
+            head = target.head(self._header_lines(tuple(headers.items())), body, in_chunks=upload is not None)
         except ValueError as failure:
             raise UpstreamError("The request to the upstream cannot be sent.", log=str(failure)) from None
         end = math.inf if timeouts.total is None else self._loop.time() + timeouts.total
         connection = pool.take() or await self._connection(pool, timeouts, end)
-        repeatable = connection.used and method in _REPEATABLE
-        reply = _begin(connection, target, head, body, timeouts, end)
+        repeatable = connection.used and method in _REPEATABLE and upload is None
+        reply = _begin(connection, target, head, upload or body, timeouts, end)
         try:
             await _head_of(reply, timeouts)
         except UpstreamError as failure:
+            if upload is not None and upload.failure is not None:
+                raise upload.failure from None
             if not repeatable or not reply.untouched() or failure.code == "upstream_timeout":
                 raise
             connection = await self._connection(pool, timeouts, end, fresh=True)
@@ -120,7 +125,7 @@ class HTTPTransport:
 
 
 def _begin(
-    connection: Connection, target: Target, head: bytes, body: bytes | None, timeouts: Timeouts, end: float
+    connection: Connection, target: Target, head: bytes, body: bytes | Upload | None, timeouts: Timeouts, end: float
 ) -> Reply:
     return connection.begin(head, body, bodiless=target.method == "HEAD", timeouts=timeouts, end=end)
 

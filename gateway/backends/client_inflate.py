@@ -102,3 +102,6 @@ class InflatedReply:
 
     def close(self) -> None:
         self._reply.close()
+
+    def distrust(self) -> None:
+        self._reply.distrust()

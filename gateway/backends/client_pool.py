@@ -15,7 +15,6 @@ from gateway.backends.client_dial import GOODBYE_SECONDS, Dialer
 from gateway.backends.client_protocol import Connection
 from gateway.backends.client_request import Origin
 from gateway.outbox import Outbox
-from gateway.outbox import Outbox
 
 
 class Pool:
@@ -30,7 +29,6 @@ class Pool:
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.idle: dict[Connection, None] = {}
         self.sockets: set[Connection] = set()
-        self._outbox = Outbox(asyncio.get_running_loop())
         self._outbox = Outbox(asyncio.get_running_loop())
         self._closed = False
         self._emptied: asyncio.Future[None] | None = None
@@ -61,11 +59,13 @@ class Pool:
             waiter.cancel()
         for connection in list(self.sockets):
             connection.end()
-        if self.sockets:
-            self._emptied = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._emptied], timeout=GOODBYE_SECONDS)
-        for connection in list(self.sockets):
-            connection.drop()
+        try:
+            if self.sockets:
+                self._emptied = asyncio.get_running_loop().create_future()
+                await asyncio.wait([self._emptied], timeout=GOODBYE_SECONDS)
+        finally:
+            for connection in list(self.sockets):
+                connection.drop()
 
     async def _lease(self, until: float) -> None:
         if self.leases < self._most:

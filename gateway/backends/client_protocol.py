@@ -18,6 +18,7 @@ import socket
 from typing import Protocol, cast
 
 from gateway.backends.client_reply import Reply
+from gateway.backends.client_upload import Upload
 from gateway.backends.transport import Timeouts
 from gateway.outbox import Outbox
 
@@ -52,8 +53,10 @@ class Connection(asyncio.Protocol):
         self._hung_up: select.poll | None = None
         self.transport: asyncio.Transport
         self._reply: Reply | None = None
+        self._last: Reply | None = None
         self._request: bytes | None = None
         self._unsent: memoryview | None = None
+        self._upload: Upload | None = None
         self._cut_short = False
         self._choked = False
         self._timer: asyncio.TimerHandle | None = None
@@ -62,12 +65,19 @@ class Connection(asyncio.Protocol):
 
     # --- exchanges
 
-    def begin(self, head: bytes, body: bytes | None, *, bodiless: bool, timeouts: Timeouts, end: float) -> Reply:
+    def begin(
+        self, head: bytes, body: bytes | Upload | None, *, bodiless: bool, timeouts: Timeouts, end: float
+    ) -> Reply:
         """Sends a request, together with those that others send now. What does not fit into the socket follows by
         itself while the reply is awaited."""
         reply = self._reply = Reply(self, self._loop, bodiless=bodiless, timeouts=timeouts, end=end)
         self.used = True
-        if body is None or len(body) <= WRITE_PIECE:
+        self._last = None
+        if isinstance(body, Upload):
+            self.transport.write(head)
+            self._upload = body
+            body.start(self)
+        elif body is None or len(body) <= WRITE_PIECE:
             self._request = head + body if body else head
             self._outbox.add(self)
         else:
@@ -116,6 +126,7 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
         reply, self._reply = self._reply, None
         self._request = self._unsent = None
+        self._stop_upload()
         self._owner.dropped(self, leased=reply is not None)
 
     def _readable(self) -> bool:
@@ -125,6 +136,21 @@ class Connection(asyncio.Protocol):
             self._hung_up = select.poll()
             self._hung_up.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
         return bool(self._hung_up.poll(0))
+
+    # --- what an upload asks for
+
+    def send_piece(self, data: bytes) -> bool:
+        self.transport.write(data)
+        return not self._choked
+
+    def body_ended(self, data: bytes) -> None:
+        self._upload = None
+        self.transport.write(data)
+
+    def _stop_upload(self) -> None:
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.stop()
 
     # --- what its reply asks for
 
@@ -142,24 +168,30 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def stop_sending(self) -> None:
-        if self._unsent is not None:
+        if self._unsent is not None or self._upload is not None:
             self._unsent = None
+            self._stop_upload()
             self._cut_short = True
 
     def finish(self, keep: bool) -> None:
         sent = (
             self._request is None
             and self._unsent is None
+            and self._upload is None
             and not self._cut_short
             and self.transport.get_write_buffer_size() == 0
         )
         if keep and sent and self.open:
-            self._reply = None
+            self._last, self._reply = self._reply, None
             self._owner.released(self)
         elif sent:
             self.close()
         else:
             self.drop()
+
+    def retire(self, reply: Reply) -> None:
+        if self._last is reply:
+            self.close()
 
     # --- the loop's callbacks
 
@@ -194,6 +226,8 @@ class Connection(asyncio.Protocol):
         self._choked = False
         if self._unsent is not None:
             self._send_on()
+        elif self._upload is not None:
+            self._upload.resume()
 
     def _lose(self, cause: Exception | None) -> None:
         reply = self._reply

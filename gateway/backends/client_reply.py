@@ -38,6 +38,9 @@ class Line(Protocol):
     def finish(self, keep: bool) -> None:
         """The reply has ended; may the connection be used again?"""
 
+    def retire(self, reply: Reply) -> None:
+        """After `finish`: the connection is not used again, unless it is already."""
+
     def drop(self) -> None:
         """Closes the socket at once."""
 
@@ -46,8 +49,8 @@ class Reply:
     """A `Response`, once `head` has returned. One task reads it; any may close it."""
 
     __slots__ = (
-        "_bodiless", "_complete", "_end", "_failure", "_headed", "_idle", "_junk", "_keep", "_line", "_loop", "_parser",
-        "_paused", "_pieces", "_raw", "_silent", "_size", "_take", "_take_failed", "_until_close", "_waiter",
+        "_bodiless", "_complete", "_end", "_failure", "_headed", "_idle", "_junk", "_keep", "_left", "_line", "_loop",
+        "_parser", "_paused", "_pieces", "_raw", "_silent", "_size", "_take", "_take_failed", "_until_close", "_waiter",
         "headers", "status",
     )  # fmt: skip
 
@@ -59,6 +62,7 @@ class Reply:
         self.status = 0
         self.headers: Mapping[str, str] = {}
         self._line: Line | None = line
+        self._left: Line | None = None
         self._loop = loop
         self._bodiless = bodiless
         self._idle = math.inf if timeouts.idle is None else timeouts.idle
@@ -132,6 +136,12 @@ class Reply:
         if self._line is not None:
             self._pieces.clear()
             self.fail(broken("closed by us"))
+
+    def distrust(self) -> None:
+        """Closes; nobody uses the connection again, though the reply may have come to a clean end."""
+        self.close()
+        if self._left is not None:
+            self._left.retire(self)
 
     def untouched(self) -> bool:
         """Has nothing come of it?"""
@@ -221,6 +231,7 @@ class Reply:
         if line is not None:
             if self._paused:
                 line.resume()
+            self._left = line
             line.finish(keep)
 
     # --- the parser's callbacks

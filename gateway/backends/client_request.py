@@ -36,8 +36,10 @@ class Target:
     method: str
     start: bytes
 
-    def head(self, headers: bytes, body: bytes | None) -> bytes:
-        """The whole head; `headers` are lines already."""
+    def head(self, headers: bytes, body: bytes | None, *, in_chunks: bool = False) -> bytes:
+        """The whole head; `headers` are lines already. `in_chunks`: the body follows in HTTP chunks."""
+        if in_chunks:
+            return b"%stransfer-encoding: chunked\r\n%s\r\n" % (self.start, headers)
         if body is not None:
             return b"%scontent-length: %d\r\n%s\r\n" % (self.start, len(body), headers)
         length = b"content-length: 0\r\n" if self.method in _BODY_EXPECTED else b""
@@ -53,20 +55,25 @@ def target_of(method: str, url: str) -> Target:
     parts = urlsplit(url)
     if parts.scheme not in PORTS or "@" in parts.netloc:
         raise ValueError("the URL is not http(s)://host[:port]/...")
-    host = _ascii_host(parts.hostname or "")
+    host = ascii_host(parts.hostname or "")
     port = PORTS[parts.scheme] if parts.port is None else parts.port
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    name = f"[{host}]" if ":" in host else host
-    place = name if port == PORTS[parts.scheme] else f"{name}:{port}"
+    place = bracketed(host) if port == PORTS[parts.scheme] else f"{bracketed(host)}:{port}"
     start = f"{method} {quote(path, safe=_PRINTABLE)} HTTP/1.1\r\nhost: {place}\r\n"
     return Target(Origin(parts.scheme == "https", host, port), method, start.encode("ascii"))
 
 
-def _ascii_host(host: str) -> str:
+def ascii_host(host: str) -> str:
+    """As it is asked for and sent. Raises ValueError for what is no host."""
     plain = host if host.isascii() else host.encode("idna").decode("ascii")
     if not _HOST.fullmatch(plain):
         raise ValueError("the URL has no usable host")
     return plain
+
+
+def bracketed(host: str) -> str:
+    """As it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def header_lines(headers: Iterable[tuple[str, str]]) -> bytes:

@@ -44,6 +44,8 @@ class Decoder(Protocol):
     """Bytes of a streamed reply to chunks. `complete` once the end mark was read; nothing after it counts."""
 
     complete: bool
+    trailing: bool
+    """Did something follow the end mark?"""
 
     def feed(self, piece: bytes) -> list[Chunk]:
         """Raises WireError."""
@@ -226,6 +228,9 @@ class HTTPChunkStream:
         if self._closed:
             return
         self._closed = True
+        if self._decoder.trailing:
+            self._response.distrust()
+            return
         if not self._decoder.complete or self._response.at_end():
             self._response.close()
             return
@@ -237,11 +242,15 @@ class HTTPChunkStream:
         try:
             async with asyncio.timeout(TAIL_SECONDS):
                 for _ in range(TAIL_READS):
-                    if not await self._response.read():
+                    piece = await self._response.read()
+                    self._decoder.feed(piece)
+                    if not piece or self._decoder.trailing:
                         break
         except (UpstreamError, TimeoutError):
             pass
         finally:
+            if self._decoder.trailing:
+                self._response.distrust()
             self._response.close()
 
 

@@ -34,6 +34,7 @@ class OllamaDecoder:
 
     def __init__(self, new_id: NewId = new_id) -> None:
         self.complete = False
+        self.trailing = False
         self._lines = NDJSONDecoder()
         self._new_id = new_id
         self._head: JSON = {}

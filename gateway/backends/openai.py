@@ -105,23 +105,28 @@ class OpenAITranslator:
 
 
 class OpenAIDecoder:
-    """SSE to chunks; ends at `[DONE]` and ignores what comes after it."""
+    """SSE to chunks; ends at `[DONE]` and ignores what comes after it, but for saying that it came."""
 
     def __init__(self, max_event: int = sse.MAX_LINE) -> None:
         self._events = sse.SSEDecoder(max_event)
         self.complete = False
+        self.trailing = False
 
     def feed(self, piece: bytes) -> list[Chunk]:
-        return [] if self.complete else self._chunks(self._events.feed(piece))
+        if not self.complete:
+            return self._chunks(self._events.feed(piece))
+        self.trailing = self.trailing or bool(piece.strip(b"\r\n"))
+        return []
 
     def flush(self) -> list[Chunk]:
         return [] if self.complete else self._chunks(self._events.flush())
 
     def _chunks(self, payloads: list[bytes]) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for payload in payloads:
+        for number, payload in enumerate(payloads, 1):
             if payload.strip() == sse.DONE:
                 self.complete = True
+                self.trailing = number < len(payloads)
                 break
             if payload.strip():
                 chunks.append(Chunk(raw=payload))

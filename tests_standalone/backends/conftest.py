@@ -9,7 +9,11 @@ import pytest
 import uvloop
 
 from gateway.backends.client import HTTPTransport
+from tests_standalone.backends.certificates import certificates
+from tests_standalone.backends.faulty import rig
 from tests_standalone.backends.raw_upstream import assert_whole
+
+__all__ = ["certificates", "rig"]
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

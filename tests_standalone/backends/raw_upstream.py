@@ -18,8 +18,8 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from gateway.backends.client import HTTPTransport
 from gateway.backends.transport import Response, Timeouts
@@ -83,7 +83,9 @@ class RawUpstream:
 
 
 @asynccontextmanager
-async def raw_upstream(script: Script, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[RawUpstream]:
+async def raw_upstream(
+    script: Script, *, port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[RawUpstream]:
     """A script's own mistake fails the test; that its client left does not."""
     tasks: list[asyncio.Task[None]] = []
 
@@ -100,7 +102,7 @@ async def raw_upstream(script: Script, *, tls: ssl.SSLContext | None = None) -> 
         upstream.peers.append(peer)
         tasks.append(asyncio.create_task(serve(peer)))
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls, limit=1 << 20)
+    server = await asyncio.start_server(accept, "127.0.0.1", port, ssl=tls, limit=1 << 20)
     upstream = RawUpstream(server.sockets[0].getsockname()[1], "https" if tls else "http")
     try:
         yield upstream
@@ -151,3 +153,18 @@ async def assert_whole(client: HTTPTransport) -> None:
         assert (pool.leases, len(pool.waiting)) == (0, 0)
         assert pool.sockets == set(pool.idle)
         assert all(connection.open for connection in pool.idle)
+
+
+@contextmanager
+def deaf(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """A port that takes no connection: its queue is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(0)
+        for _ in range(4):
+            other = stack.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]

@@ -17,6 +17,7 @@ from tests_standalone.backends.raw_upstream import (
     answering,
     assert_whole,
     call,
+    deaf,
     raw_upstream,
     whole,
 )
@@ -113,16 +114,16 @@ class TestUnreachable:
             await call(client, f"http://{'a' * 70}.invalid/")
 
     async def test_connecting_takes_too_long(self, client: HTTPTransport) -> None:
-        with _deaf() as port, pytest.raises(UpstreamUnreachable) as caught:
+        with deaf() as port, pytest.raises(UpstreamUnreachable) as caught:
             await call(client, f"http://127.0.0.1:{port}/", limits=Timeouts(connect=0.1))
         assert "TimeoutError" in (caught.value.log or "")
 
     async def test_the_limit_in_total_ends_connecting_too(self, client: HTTPTransport) -> None:
-        with _deaf() as port, pytest.raises(UpstreamUnreachable):
+        with deaf() as port, pytest.raises(UpstreamUnreachable):
             await call(client, f"http://127.0.0.1:{port}/", limits=Timeouts(connect=None, total=0.1))
 
     async def test_cancelled_while_it_connects(self, client: HTTPTransport) -> None:
-        with _deaf() as port:
+        with deaf() as port:
             task = asyncio.create_task(call(client, f"http://127.0.0.1:{port}/"))
             await asyncio.sleep(0.05)
             task.cancel()
@@ -314,24 +315,3 @@ def _hang_up_behind_the_loop(peer: Peer) -> None:
     sock = socket.socket(fileno=peer.writer.get_extra_info("socket").fileno())
     sock.shutdown(socket.SHUT_WR)
     sock.detach()
-
-
-class _deaf:  # noqa: N801 # used like a function
-    """A port that takes no connection: its queue is full."""
-
-    def __enter__(self) -> int:
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(0)
-        self._others = []
-        for _ in range(4):
-            other = socket.socket()
-            other.setblocking(False)
-            other.connect_ex(self._listener.getsockname())
-            self._others.append(other)
-        port: int = self._listener.getsockname()[1]
-        return port
-
-    def __exit__(self, *exception: object) -> None:
-        for sock in (*self._others, self._listener):
-            sock.close()

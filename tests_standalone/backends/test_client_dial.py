@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-import ssl
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,20 @@ import pytest
 
 from gateway.backends import client_dial
 from gateway.backends.client import HTTPTransport
-from gateway.backends.transport import Timeouts
+from gateway.backends.transport import Access, Timeouts
 from gateway.errors import NeverSent, UpstreamError, UpstreamUnreachable
-from tests_standalone.backends.raw_upstream import OK, QUICK, Peer, answering, assert_whole, call, raw_upstream, whole
+from tests_standalone.backends.certificates import Certificates
+from tests_standalone.backends.raw_upstream import (
+    OK,
+    QUICK,
+    Peer,
+    answering,
+    assert_whole,
+    call,
+    deaf,
+    raw_upstream,
+    whole,
+)
 
 
 class Lookups:
@@ -101,7 +110,7 @@ class TestAddresses:
         names = lookups(monkeypatch, "127.0.0.2", "127.0.0.3", "127.0.0.1")
         async with raw_upstream(answering(OK, OK)) as upstream:
             assert await call(client, f"http://upstream.test:{upstream.port}/") == b"ok"
-            with _deaf("127.0.0.2", upstream.port):
+            with deaf("127.0.0.2", upstream.port):
                 limits = Timeouts(connect=None, first_byte=10)
                 calls = (call(client, f"http://upstream.test:{upstream.port}/", limits=limits) for _ in range(2))
                 assert await asyncio.gather(*calls) == [b"ok"] * 2
@@ -112,7 +121,7 @@ class TestAddresses:
     ) -> None:
         lookups(monkeypatch, "127.0.0.2", "127.0.0.1")
         async with raw_upstream(answering(OK)) as upstream:
-            with _deaf("127.0.0.2", upstream.port):
+            with deaf("127.0.0.2", upstream.port):
                 limits = Timeouts(connect=0.4)
                 assert await call(client, f"http://upstream.test:{upstream.port}/", limits=limits) == b"ok"
 
@@ -145,48 +154,9 @@ class TestAddresses:
         server.close()
 
 
-class Certificates:
-    """A CA, and what it signed: a server for localhost, one for elsewhere, and a client."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.ca = str(folder / "ca.pem")
-        self._openssl("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca "
-                      "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=keyCertSign,cRLSign "
-                      "-keyout ca.key -out ca.pem")  # fmt: skip
-        self.server = self._signed("server", "subjectAltName=DNS:localhost,IP:127.0.0.1")
-        self.elsewhere = self._signed("elsewhere", "subjectAltName=DNS:elsewhere.test")
-        self.client = self._signed("client", "extendedKeyUsage=clientAuth")
-
-    def context(self, pair: tuple[str, str], *, ask: bool = False) -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(*pair)
-        context.set_alpn_protocols(["h2", "http/1.1"])
-        if ask:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(self.ca)
-        return context
-
-    def _signed(self, name: str, extension: str) -> tuple[str, str]:
-        (self._folder / "extensions").write_text(f"{extension}\nauthorityKeyIdentifier=keyid\n")
-        self._openssl(f"req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} "
-                      f"-keyout {name}.key -out {name}.csr")  # fmt: skip
-        self._openssl(f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 "
-                      f"-extfile extensions -out {name}.pem")  # fmt: skip
-        return str(self._folder / f"{name}.pem"), str(self._folder / f"{name}.key")
-
-    def _openssl(self, arguments: str) -> None:
-        subprocess.run(["openssl", *arguments.split()], cwd=self._folder, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 class TestTLS:
     async def test_own_authority_name_and_protocol(self, certificates: Certificates) -> None:
-        client = HTTPTransport(certificates.ca)
+        client = HTTPTransport(Access(certificates.ca))
         context = certificates.context(certificates.server)
         asked: list[str | None] = []
         context.sni_callback = lambda _, name, __: asked.append(name)
@@ -206,7 +176,7 @@ class TestTLS:
 
     @pytest.mark.parametrize("wrong", ["authority", "name"])
     async def test_a_certificate_that_proves_nothing(self, certificates: Certificates, wrong: str) -> None:
-        client = HTTPTransport(None if wrong == "authority" else certificates.ca)
+        client = HTTPTransport(Access(None if wrong == "authority" else certificates.ca))
         pair = certificates.elsewhere if wrong == "name" else certificates.server
         received = []
 
@@ -221,8 +191,8 @@ class TestTLS:
         assert not any(received)
 
     async def test_a_certificate_of_the_clients(self, certificates: Certificates) -> None:
-        with_one = HTTPTransport(certificates.ca, client_cert=certificates.client)
-        without = HTTPTransport(certificates.ca)
+        with_one = HTTPTransport(Access(certificates.ca, *certificates.client))
+        without = HTTPTransport(Access(certificates.ca))
         context = certificates.context(certificates.server, ask=True)
         async with raw_upstream(answering(OK), tls=context) as upstream:
             assert await call(with_one, upstream.url) == b"ok"
@@ -235,10 +205,10 @@ class TestTLS:
     async def test_files_that_cannot_be_used(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "empty.pem").touch()
         with pytest.raises(OSError, match=r"No such file|no certificate|PEM|X509"):
-            HTTPTransport(str(tmp_path / name))
+            HTTPTransport(Access(str(tmp_path / name)))
 
     async def test_an_upstream_that_speaks_no_tls(self, certificates: Certificates) -> None:
-        client = HTTPTransport(certificates.ca)
+        client = HTTPTransport(Access(certificates.ca))
 
         async def script(peer: Peer) -> None:
             await peer.reader.read(1)
@@ -250,14 +220,14 @@ class TestTLS:
             await client.aclose()
 
     async def test_a_handshake_that_hangs(self, certificates: Certificates) -> None:
-        client = HTTPTransport(certificates.ca)
+        client = HTTPTransport(Access(certificates.ca))
         async with raw_upstream(answering()) as upstream:
             with pytest.raises(UpstreamUnreachable):
                 await call(client, upstream.url.replace("http:", "https:"), limits=Timeouts(connect=0.1))
             await client.aclose()
 
     async def test_much_both_ways(self, certificates: Certificates) -> None:
-        client = HTTPTransport(certificates.ca)
+        client = HTTPTransport(Access(certificates.ca))
         size = 8 << 20
 
         async def script(peer: Peer) -> None:
@@ -279,7 +249,7 @@ class TestTLS:
             await client.aclose()
 
     async def test_an_upstream_that_says_goodbye(self, certificates: Certificates) -> None:
-        client = HTTPTransport(certificates.ca)
+        client = HTTPTransport(Access(certificates.ca))
 
         async def script(peer: Peer) -> None:
             await peer.request()
@@ -294,7 +264,7 @@ class TestTLS:
             await client.aclose()
 
     async def test_closing_does_not_wait_for_an_upstream_that_says_nothing(self, certificates: Certificates) -> None:
-        client = HTTPTransport(certificates.ca)
+        client = HTTPTransport(Access(certificates.ca))
 
         async def script(peer: Peer) -> None:
             await peer.request()
@@ -311,7 +281,7 @@ class TestTLS:
 
     @pytest.mark.parametrize("most", [2, 1000])
     async def test_a_storm_of_cancellations(self, certificates: Certificates, most: int) -> None:
-        client = HTTPTransport(certificates.ca, max_connections_per_origin=most)
+        client = HTTPTransport(Access(certificates.ca), max_connections_per_origin=most)
         async with raw_upstream(answering(OK, OK), tls=certificates.context(certificates.server)) as upstream:
             for delay in range(40):
                 tasks = [asyncio.create_task(call(client, upstream.url)) for _ in range(4)]
@@ -325,23 +295,3 @@ class TestTLS:
             await assert_whole(client)
             await client.aclose()
         gc.collect()
-
-
-class _deaf:  # noqa: N801 # used like a function
-    """An address that takes no connection: its queue is full."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._listener = socket.socket()
-        self._listener.bind((host, port))
-        self._listener.listen(0)
-        self._others = [socket.socket() for _ in range(4)]
-        for other in self._others:
-            other.setblocking(False)
-            other.connect_ex((host, port))
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        for sock in (*self._others, self._listener):
-            sock.close()

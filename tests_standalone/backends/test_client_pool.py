@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
 import random
+import socket
+from collections import Counter
+from functools import partial
+from typing import Any
 
 import pytest
 
+from gateway.backends import client_dial
 from gateway.backends.client import HTTPTransport
-from gateway.backends.transport import Timeouts
+from gateway.backends.client_reply import Reply
+from gateway.backends.transport import Access, Timeouts
 from gateway.errors import UpstreamError, UpstreamUnreachable
+from tests_standalone.backends.certificates import Certificates
 from tests_standalone.backends.raw_upstream import OK, QUICK, Peer, answering, assert_whole, call, raw_upstream, whole
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -130,6 +139,65 @@ class TestIdle:
             await closed(client)
 
 
+class TestTenThousand:
+    """Calls cancelled at each of the places where they can wait, twice in a row, by the thousand."""
+
+    PLACES = frozenset({"Names.find", "Pool._lease", "Dialer._connect", "Reply.head", "Reply.read", "Reply.push"})
+
+    async def test_the_pool_is_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seed, count = 20_261_121, 10_000
+        print(f"seed {seed}")  # shown if the test fails
+        dice = random.Random(seed)
+        monkeypatch.setattr(client_dial, "KNOWN_SECONDS", 0.0005)
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", _here)
+        sockets = _open_sockets()
+        places: Counter[str] = Counter()
+        async with raw_upstream(partial(_moody, dice)) as upstream:
+            client = HTTPTransport(max_connections_per_origin=15)
+
+            async def many() -> None:
+                while places.total() < count:
+                    await _cancelled_somewhere(client, f"http://upstream.test:{upstream.port}/", dice, places)
+
+            await asyncio.gather(*(many() for _ in range(20)))
+            await assert_whole(client)
+            ends = await asyncio.gather(*(_patient(client, upstream.url) for _ in range(20)))
+            assert ends == [b"0123"] * 20
+            await closed(client)
+            assert all(pool.leases == len(pool.waiting) == len(pool.sockets) == 0 for pool in client.pools.values())
+        assert places.keys() >= self.PLACES
+        assert all(places[place] >= 100 for place in self.PLACES), places
+        gc.collect()
+        assert _open_sockets() == sockets
+
+    @pytest.mark.parametrize("steps", [0, 3], ids=["before it began", "within"])
+    async def test_closing_that_is_cancelled_leaves_no_socket(self, certificates: Certificates, steps: int) -> None:
+        """Not even to an upstream that has no goodbye for us."""
+
+        async def script(peer: Peer) -> None:
+            await peer.request()
+            peer.send(OK)
+            await peer.drained()
+            peer.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is one that reads
+            await asyncio.Event().wait()
+
+        client = HTTPTransport(Access(certificates.ca))
+        async with raw_upstream(script, tls=certificates.context(certificates.server)) as upstream:
+            assert await asyncio.gather(*(call(client, upstream.url) for _ in range(3))) == [b"ok"] * 3
+            closing = asyncio.create_task(client.aclose())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait([closing])
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert steps == 0 or not any(pool.sockets for pool in client.pools.values())
+            await client.aclose()
+            assert not any(pool.sockets for pool in client.pools.values())
+
+
 class TestStorm:
     """Calls cancelled at every point, twice in a row, by the thousand. Warnings are errors: nothing may be left."""
 
@@ -201,3 +269,84 @@ async def _cancel_twice(tasks: list[asyncio.Task[bytes]]) -> None:
         task.cancel()
     for ended in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(ended, (UpstreamError, asyncio.CancelledError)) or ended == b"0123456789"
+
+
+async def _here(host: str, port: int, **_: Any) -> list[Any]:
+    """A name service that takes a moment."""
+    await asyncio.sleep(0.0005)
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+
+async def _moody(dice: random.Random, peer: Peer) -> None:
+    """Answers at once, in pieces, not at all or not to the end, and hangs up now and then."""
+    while True:
+        await peer.request()
+        mood = "well" if b"patient" in peer.body else dice.choice(["well", "well", "late", "silent", "half", "once"])
+        if mood == "silent":
+            await peer.gone()
+        peer.send(CHUNKED)
+        for number in range(4):
+            peer.send(b"1\r\n%d\r\n" % number)
+            await asyncio.sleep(0.001 if mood == "late" else 0)
+            if mood == "half":
+                await peer.gone()
+        peer.send(b"0\r\n\r\n")
+        if mood == "once":
+            return
+
+
+async def _patient(client: HTTPTransport, url: str) -> bytes:
+    return await call(client, url, b"patient")
+
+
+async def _pushed(client: HTTPTransport, url: str) -> bytes:
+    """As the relay reads: pieces are taken while the socket is read, then the rest."""
+    response = await client.send("POST", url, {}, b"{}", QUICK)
+    pieces: list[bytes] = []
+    try:
+        assert isinstance(response, Reply)
+        await response.push(lambda piece: pieces.append(piece) is None)
+        return b"".join(pieces) + await response.read_all(1 << 20)
+    finally:
+        response.close()
+
+
+async def _cancelled_somewhere(client: HTTPTransport, url: str, dice: random.Random, places: Counter[str]) -> None:
+    how = dice.choice([_streamed, _pushed])
+    task = asyncio.create_task(how(client, url))
+    if dice.random() < 0.5:
+        for _ in range(dice.randrange(20)):
+            await asyncio.sleep(0)
+    else:
+        late = "Reply.read" if how is _streamed else "Reply.push"
+        for _ in range(40):
+            if not task.done() and _waits_in(task) != late:
+                await asyncio.sleep(0.0002)
+    place = None if task.done() else _waits_in(task)
+    task.cancel()
+    for _ in range(dice.randrange(3)):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    if task.cancelled():
+        places[place or "before it began"] += 1
+    else:
+        assert isinstance(task.exception(), UpstreamError) or task.result() == b"0123"
+
+
+def _waits_in(task: asyncio.Task[bytes]) -> str | None:
+    """The innermost of the client's own functions that the task waits in."""
+    found, coroutine = None, task.get_coro()
+    while (code := getattr(coroutine, "cr_code", None)) is not None:
+        if "gateway" in code.co_filename and code.co_qualname not in ("Reply._wait", "read_whole"):
+            found = code.co_qualname
+        coroutine = coroutine.cr_await  # type: ignore[union-attr] # it has cr_code
+    return found
+
+
+def _open_sockets() -> int:
+    found = 0
+    for file in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the folder's own
+            found += os.readlink(f"/proc/self/fd/{file}").startswith("socket:")
+    return found
