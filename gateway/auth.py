@@ -56,7 +56,7 @@ class Caller:
             raise PermissionDenied(f"This key may not use the model '{alias or name}'.", param="model")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Peer:
     """What the socket and the headers say about where a request comes from. Names are lower case, as ASGI has them."""
 
@@ -66,8 +66,11 @@ class Peer:
     query: bytes = b""
 
     def values(self, name: bytes) -> list[str]:
-        found = [value.decode("utf-8", "surrogateescape") for key, value in self.headers if key == name]
-        return [value.strip() for value in found]
+        return [_text(value) for key, value in self.headers if key == name]
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape").strip()
 
 
 def new_key() -> str:
@@ -99,7 +102,7 @@ class Auth:
         hosts = [host.lower() for host in allowed_hosts]
         self._hosts = frozenset(hosts) | {host.strip("[]") for host in hosts}
         self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins if origin != "*")
-        self._known: OrderedDict[str, StoredKey | None] = OrderedDict()
+        self._known: OrderedDict[str, tuple[StoredKey, Caller] | None] = OrderedDict()
         self._revision = -1
 
     async def identify(self, peer: Peer) -> Caller:
@@ -132,25 +135,24 @@ class Auth:
         found = digest(key)
         if self._is_admin(found):
             return Caller(ADMIN_USER, None, is_admin=True)
-        stored = await self._lookup(found, state)
-        usable = stored is not None and hmac.compare_digest(found, stored.digest)
-        if stored is None or not usable or not stored.usable(int(time.time() * 1000)):
-            raise Unauthenticated(f"The API key is not valid, or no longer. {_HOW_TO}", log="unknown key")
-        models = None if stored.models is None else frozenset(stored.models)
-        return Caller(stored.user_id, stored.id, stored.is_admin, models)
-
-    async def _lookup(self, key_digest: str, state: KeyState) -> StoredKey | None:
         if state.revision != self._revision:
             self._known.clear()
             self._revision = state.revision
-        if key_digest in self._known:
-            return self._known[key_digest]
+        known = self._known[found] if found in self._known else await self._lookup(found, state)
+        if known is not None:
+            stored, caller = known
+            if hmac.compare_digest(found, stored.digest) and stored.usable(int(time.time() * 1000)):
+                return caller
+        raise Unauthenticated(f"The API key is not valid, or no longer. {_HOW_TO}", log="unknown key")
+
+    async def _lookup(self, key_digest: str, state: KeyState) -> tuple[StoredKey, Caller] | None:
         stored = await keys.by_digest(self._database, key_digest)
+        known = None if stored is None else (stored, _caller(stored))
         if state.revision == self._revision:
-            self._known[key_digest] = stored
+            self._known[key_digest] = known
             if len(self._known) > _MOST_REMEMBERED:
                 self._known.popitem(last=False)
-        return stored
+        return known
 
     def _keyless_refusal(self, peer: Peer, state: KeyState) -> str | None:
         """None: this request may go without a key. Otherwise why not, as the end of a sentence."""
@@ -181,15 +183,25 @@ class Auth:
         return name is not None and (name == "localhost" or _is_loopback(name))
 
 
+def _caller(stored: StoredKey) -> Caller:
+    models = None if stored.models is None else frozenset(stored.models)
+    return Caller(stored.user_id, stored.id, stored.is_admin, models)
+
+
 def credential(peer: Peer) -> str | None:
     """The one key of the request. The same key sent in several ways is one key; two different ones are refused."""
-    found = {value for name in (b"x-api-key", b"api-key") for value in peer.values(name) if value}
-    for value in peer.values(b"authorization"):
-        scheme, _, key = value.partition(" ")
-        if scheme.lower() == "bearer" and key.strip():
-            found.add(key.strip())
-        elif value:
-            raise Unauthenticated(f"The Authorization header must be `Bearer sk-...`. {_HOW_TO}", log="wrong scheme")
+    found: set[str] = set()
+    for name, raw in peer.headers:
+        if name == b"authorization":
+            value = _text(raw)
+            scheme, _, key = value.partition(" ")
+            if scheme.lower() == "bearer" and (key := key.strip()):
+                found.add(key)
+            elif value:
+                told = f"The Authorization header must be `Bearer sk-...`. {_HOW_TO}"
+                raise Unauthenticated(told, log="wrong scheme")
+        elif (name == b"x-api-key" or name == b"api-key") and (value := _text(raw)):
+            found.add(value)
     if len(found) > 1:
         raise BadRequest("The request carries two different API keys. Send one.", code="ambiguous_credentials")
     return found.pop() if found else None

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -169,8 +169,11 @@ class Catalog:
             )
         return found
 
-    def routes(self, model: Model) -> Iterator[Route]:
+    def routes(self, model: Model) -> Iterable[Route]:
         """All that may serve it, its fallbacks' among them, in no order."""
+        return self._all_routes(model) if model.fallbacks else model.routes
+
+    def _all_routes(self, model: Model) -> Iterator[Route]:
         for name in (model.name, *model.fallbacks):
             candidate = model if name == model.name else self._known(name)
             yield from candidate.routes if candidate is not None else ()
@@ -178,6 +181,8 @@ class Catalog:
     def attempts(self, model: Model, operation: str = CHAT) -> list[tuple[str, Route]]:
         """Routes that can do it in the order to try them: by weight at random, then those of the fallbacks; those that
         cool down after all others, the first to recover first. Raises NotFound if none can."""
+        if len(model.routes) == 1 and not model.fallbacks and operation in operations_of(model.routes[0].backend):
+            return [(model.name, model.routes[0])]
         order: list[tuple[str, Route]] = []
         for name in (model.name, *model.fallbacks):
             candidate = model if name == model.name else self._known(name)

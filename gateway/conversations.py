@@ -29,6 +29,8 @@ from gateway.wire.jsontext import dumps
 Threading = Literal["auto", "explicit", "off"]
 TITLE_LENGTH = 80
 _OWN_ID = re.compile(r"conv_[0-9a-f]{32}")
+_UNCHAINED = ("system", "developer")
+_PLAIN_ROLES = ("user", "assistant")
 _GIVEN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -63,13 +65,15 @@ class Talk:
         chain = self.chain
         asked = [self.preface, *self.asked] if self.preface is not None else self.asked
         for message in asked:
-            chain = link(chain, message)
-            stored.append(_stored(message, chain))
+            content = dumps(message.get("content"))
+            chain = _linked(chain, message, content)
+            stored.append(_stored(message, content, chain))
         if answer is not None:
             if not isinstance(answer.get("role"), str):  # an upstream's slip must not cost the turn
                 answer = {**answer, "role": "assistant"}
-            chain = link(chain, answer)
-            stored.append(_stored(answer, chain, output_tokens, cost_nanousd, clean(model), finish_reason))
+            content = dumps(answer.get("content"))
+            chain = _linked(chain, answer, content)
+            stored.append(_stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), finish_reason))
         return ConversationTurn(
             pk=self.pk,
             id=self.id,
@@ -152,15 +156,34 @@ def new_id() -> str:
 
 def link(previous: str, message: Message) -> str:
     """The chain after this message. A system message does not count."""
+    return _linked(previous, message, dumps(message.get("content")))
+
+
+def _linked(previous: str, message: Message, content: bytes) -> str:
+    """`content`: that of the message, as JSON."""
     role = message.get("role")
-    if role in ("system", "developer"):
+    if role in _UNCHAINED:
         return previous
+    said = _plainly_said(role, message, content) or dumps(_said(role, message))
+    return blake2b(previous.encode() + said, digest_size=16).hexdigest()
+
+
+def _said(role: object, message: Message) -> list[object]:
     content, made = message.get("content"), message.get("tool_calls")
     parts = content if isinstance(content, list) else []
     others = [part for part in parts if not (isinstance(part, dict) and "text" in part)]
     calls = [call.get("function") or call for call in made if isinstance(call, dict)] if isinstance(made, list) else []
-    said = [role, text_of(content).strip(), others, calls, message.get("tool_call_id")]
-    return blake2b(previous.encode() + dumps(said), digest_size=16).hexdigest()
+    return [role, text_of(content).strip(), others, calls, message.get("tool_call_id")]
+
+
+def _plainly_said(role: object, message: Message, content: bytes) -> bytes | None:
+    """The same as JSON, for a message that has a text and nothing else that counts; None for another one."""
+    text = message.get("content")
+    if role not in _PLAIN_ROLES or type(text) is not str or message.get("tool_calls") or "tool_call_id" in message:
+        return None
+    if (bare := text.strip()) != text:
+        content = dumps(bare)
+    return (b'["user",' if role == "user" else b'["assistant",') + content + b",[],[],null]"
 
 
 def as_json(message: StoredMessage) -> bytes:
@@ -172,30 +195,36 @@ def as_json(message: StoredMessage) -> bytes:
 
 def _stored(
     message: Message,
+    content: bytes,
     chain: str,
     tokens: int = 0,
     cost_nanousd: int | None = None,
     model: str | None = None,
     finish_reason: str | None = None,
 ) -> StoredMessage:
-    extra = {key: value for key, value in message.items() if key not in ("role", "content")}
+    role: str = message["role"]
+    extra = {key: value for key, value in message.items() if key != "role" and key != "content"}
     return StoredMessage(
-        id=f"msg_{random_hex()}",
-        role=clean(message["role"]),
-        content=dumps(message.get("content")).decode(),
-        extra=dumps(extra).decode() if extra else None,
-        chain=chain or None,
-        tokens=tokens,
-        cost_nanousd=cost_nanousd,
-        model=model,
-        finish_reason=clean(finish_reason),
+        f"msg_{random_hex()}",
+        role if role in _PLAIN_ROLES else clean(role),
+        content.decode(),
+        dumps(extra).decode() if extra else None,
+        chain or None,
+        tokens,
+        cost_nanousd,
+        model,
+        clean(finish_reason),
     )
 
 
 def _title(messages: Sequence[Message]) -> str | None:
     """The start of the first thing the user said."""
     said = next((text_of(item.get("content")) for item in messages if item.get("role") == "user"), "")
-    return clean(" ".join(said[: 8 * TITLE_LENGTH].split()), TITLE_LENGTH) or None
+    begin = said[: TITLE_LENGTH + 1]
+    if begin.isprintable() and "  " not in begin and begin.strip() == begin:  # then this is what comes out below
+        return begin[:TITLE_LENGTH] or None
+    words = said[: 8 * TITLE_LENGTH].split(None, TITLE_LENGTH // 2 + 1)  # more do not fit
+    return clean(" ".join(words), TITLE_LENGTH) or None
 
 
 def _has_system(messages: Sequence[Message]) -> bool:

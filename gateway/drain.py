@@ -7,11 +7,6 @@ themselves and are told to stop; each then records its turn as interrupted and s
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Drain:
@@ -30,13 +25,28 @@ class Drain:
         for stop in tuple(self._running):
             stop()
 
-    @contextmanager
-    def entered(self, stop: Callable[[], None]) -> Iterator[None]:
+    def entered(self, stop: Callable[[], None]) -> _Entered:
         """While inside, `stop` is called when the time is up (at once if it is already)."""
+        return _Entered(self, stop)
+
+    def _enter(self, stop: Callable[[], None]) -> None:
         if self._cut:
             stop()
         self._running.add(stop)
-        try:
-            yield
-        finally:
-            self._running.discard(stop)
+
+    def _leave(self, stop: Callable[[], None]) -> None:
+        self._running.discard(stop)
+
+
+class _Entered:
+    __slots__ = ("_drain", "_stop")
+
+    def __init__(self, drain: Drain, stop: Callable[[], None]) -> None:
+        self._drain = drain
+        self._stop = stop
+
+    def __enter__(self) -> None:
+        self._drain._enter(self._stop)
+
+    def __exit__(self, *raised: object) -> None:
+        self._drain._leave(self._stop)

@@ -15,7 +15,7 @@ wrong one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, Protocol
 
@@ -54,6 +54,8 @@ class Price:
     requests: int | None = None
     tiers: tuple[Tier, ...] = ()
     """By rising mark."""
+    _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """Written once: every row of the model has it."""
 
     @classmethod
     def from_usd(cls, usd: Mapping[str, Any]) -> Price:
@@ -73,13 +75,15 @@ class Price:
 
     def times(self, factor: Decimal) -> Price:
         """Each price so many times as high, to the nearest nano-dollar for a million tokens."""
-        changed = {kind: _rounded(price * factor) for kind in _KINDS if (price := getattr(self, kind)) is not None}
+        changed: dict[str, Any] = {
+            kind: _rounded(price * factor) for kind in _KINDS if (price := getattr(self, kind)) is not None
+        }
         tiers = tuple(Tier(tier.above, tier.price.times(factor)) for tier in self.tiers)
         return replace(self, **changed, tiers=tiers)
 
     def cost(self, usage: Usage) -> int | None:
         """Nano-dollars of one call, or None if tokens were used whose price nobody said."""
-        price = self._reached(usage.input_tokens)
+        price = self._reached(usage.input_tokens) if self.tiers else self
         total = (price.requests or 0) * _MILLION
         for tokens, each in price._billed(usage):
             if tokens:
@@ -90,24 +94,28 @@ class Price:
 
     def to_json(self) -> str:
         """As stored on the row: nano-dollars per million tokens, only what was said, with all tiers."""
-        return dumps(self._said()).decode()
+        if not self._json:
+            self._json.append(dumps(self._said()).decode())
+        return self._json[0]
 
     def _billed(self, usage: Usage) -> Iterator[tuple[int, int | None]]:
         """Every token once, with its price."""
         cached, written, lasting = usage.cached_tokens, usage.cache_write_tokens, usage.cache_write_1h_tokens
         heard, seen = usage.audio_input_tokens, usage.image_input_tokens
         thought, spoken, drawn = usage.reasoning_tokens, usage.audio_output_tokens, usage.image_output_tokens
-        write = _either(self.cache_write, self.input)
         yield max(0, usage.input_tokens - cached - written - heard - seen), self.input
         yield cached, _either(self.cached_input, self.input)
-        yield max(0, written - lasting), write
-        yield lasting, _either(self.cache_write_1h, write)
-        yield heard, _either(self.audio_input, self.input)
-        yield seen, _either(self.image_input, self.input)
+        if written or lasting or heard or seen:
+            write = _either(self.cache_write, self.input)
+            yield max(0, written - lasting), write
+            yield lasting, _either(self.cache_write_1h, write)
+            yield heard, _either(self.audio_input, self.input)
+            yield seen, _either(self.image_input, self.input)
         yield max(0, usage.output_tokens - thought - spoken - drawn), self.output
-        yield thought, _either(self.reasoning, self.output)
-        yield spoken, _either(self.audio_output, self.output)
-        yield drawn, _either(self.image_output, self.output)
+        if thought or spoken or drawn:
+            yield thought, _either(self.reasoning, self.output)
+            yield spoken, _either(self.audio_output, self.output)
+            yield drawn, _either(self.image_output, self.output)
 
     def _reached(self, input_tokens: int) -> Price:
         reached = self
@@ -125,7 +133,7 @@ class Price:
         )
 
 
-_KINDS = tuple(field.name for field in fields(Price) if field.name != "tiers")
+_KINDS = tuple(kind.name for kind in fields(Price) if kind.name not in ("tiers", "_json"))
 
 
 @dataclass(frozen=True, slots=True)

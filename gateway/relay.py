@@ -160,7 +160,7 @@ class StreamExchange(Exchange):
             await self._end_early(UpstreamError("The call was broken off."))
         try:
             if write is not None and self._editor.failure is None and isinstance(self._stream, PushingStream):
-                await self._stream.push(partial(self._pass_on, write))
+                await self._stream.push(partial(self._pass_on, write), partial(self._pass_events, write))
             if self._editor.failure is not None:
                 raise _as_upstream_error(self._editor.failure)
             chunks = await self._stream.read()
@@ -178,8 +178,17 @@ class StreamExchange(Exchange):
 
     def _pass_on(self, write: Callable[[bytes], bool], chunks: Sequence[Chunk]) -> bool:
         leaving = self._feed(chunks)
-        self._bound_drain()
+        if self.stopped is not None:
+            self._bound_drain()
         return (not leaving or write(leaving)) and self._editor.failure is None
+
+    def _pass_events(self, write: Callable[[bytes], bool], events: bytes) -> bool | None:
+        leaving = self._editor.pass_piece(events)
+        if leaving is None:
+            return None
+        if self.stopped is not None:
+            self._bound_drain()
+        return write(leaving)
 
     def _feed(self, chunks: Sequence[Chunk]) -> bytes:
         try:

@@ -6,12 +6,15 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gateway.auth import Caller
 from gateway.conversations import TITLE_LENGTH, Conversations, Talk, link, new_id
 from gateway.errors import BadRequest, NotFound
 from gateway.store import conversations as rows_of
 from gateway.store.database import Database
+from gateway.store.text import clean
 from gateway.wire.chat import ChatRequest, Message
 from tests_standalone.conftest import NOON, rows
 
@@ -327,6 +330,7 @@ async def test_whatever_an_upstream_answers_costs_no_turn(migrated: Database, an
         (["hello"], "hello"),
         ([{"role": "system", "content": "s"}, assistant("a"), "first", "second"], "first"),
         (["  two\n\n  words\t"], "two words"),
+        (["two  words"], "two words"),
         (["x" * 200], "x" * TITLE_LENGTH),
         ([" " * 10_000 + "late"], None),
         (
@@ -347,6 +351,14 @@ async def test_the_title_is_the_start_of_what_the_user_said_first(
     assert await rows(migrated, "SELECT title FROM conversations") == [(title,)]
 
 
+@settings(deadline=None)
+@given(st.text(st.sampled_from("ab \n\u00a0\u2003\x00\ud800é"), max_size=2 * TITLE_LENGTH) | st.text())
+def test_the_title_of_any_text(text: str) -> None:
+    talk = Talk("conv_1", "c_1", ANN, None, True, [user(text)])
+    turn = talk.turn(None, NOON, model="m", finish_reason=None, input_tokens=0, output_tokens=0, cost_nanousd=0)
+    assert turn.title == (clean(" ".join(text[: 8 * TITLE_LENGTH].split()), TITLE_LENGTH) or None)
+
+
 # The chain: a resent history is recognised by it
 
 
@@ -363,6 +375,14 @@ def user(content: object, **fields: Any) -> Message:
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:,x"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@settings(deadline=None)
+@given(st.text() | st.text(st.sampled_from(" \ta\ud800é\\")), st.sampled_from(["user", "assistant", "tool", "é"]))
+def test_a_text_and_its_only_part_are_the_same(text: str, role: str) -> None:
+    message: Message = {"role": role, "content": text, "name": "x"}
+    assert chain(message) == chain(message | {"content": [{"type": "text", "text": text}]})
+    assert chain(message) == chain(message | {"tool_call_id": None, "tool_calls": []})
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,13 @@ class TestPrice:
         assert json.loads(price.to_json()) == stored
         assert Price.read(json.loads(price.to_json())) == price
 
+    def test_one_that_was_made_of_another_has_its_own_words(self) -> None:
+        price = Price(1, 2, tiers=(Tier(5, Price(3, 4)),))
+        assert price.to_json() == price.to_json() == '{"input":1,"output":2,"tiers":[{"above":5,"input":3,"output":4}]}'
+        twice = price.times(Decimal(2))
+        assert twice.to_json() == '{"input":2,"output":4,"tiers":[{"above":5,"input":6,"output":8}]}'
+        assert price == Price(1, 2, tiers=(Tier(5, Price(3, 4)),)), "to write it does not change it"
+
 
 @pytest.mark.parametrize(("nano", "dollars"), [(None, None), (0, 0.0), (1, 1e-9), (12_500_000, 0.0125), (-5, -5e-9)])
 def test_dollars_for_showing(nano: int | None, dollars: float | None) -> None:

@@ -44,9 +44,12 @@ class ChunkStream(Protocol):
 class PushingStream(Protocol):
     """A ChunkStream that can also hand over its chunks while the socket is being read."""
 
-    async def push(self, take: Callable[[Sequence[Chunk]], bool]) -> None:
-        """Returns when `take` says False and raises what it raises, or UpstreamError; the rest, the end too, is left to
-        `read`."""
+    async def push(self, take: Callable[[Sequence[Chunk]], bool], take_events: Callable[[bytes], bool | None]) -> None:
+        """Returns when one of them says False and raises what they raise, or UpstreamError; the rest, the end too, is
+        left to `read`.
+
+        What may be whole events in OpenAI's shape, as it came, is offered to `take_events` first. None: it does not
+        know these, and has done nothing; they are decoded then, for `take`."""
 
 
 class Backend(Protocol):

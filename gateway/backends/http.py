@@ -207,12 +207,17 @@ class HTTPChunkStream:
                 return chunks
         return ()
 
-    async def push(self, take: Callable[[Sequence[Chunk]], bool]) -> None:
+    async def push(self, take: Callable[[Sequence[Chunk]], bool], take_events: Callable[[bytes], bool | None]) -> None:
         push = getattr(self._response, "push", None)
         if push is None or self._ended or self._decoder.complete:
             return
+        may_pass: Callable[[bytes], bool] = getattr(self._decoder, "may_pass", _never)
 
         def piece_came(piece: bytes) -> bool:
+            if may_pass(piece):
+                goes_on = take_events(piece)
+                if goes_on is not None:
+                    return goes_on
             chunks = self._decoded(piece)
             return (not chunks or take(chunks)) and not self._decoder.complete
 
@@ -311,3 +316,7 @@ def _timing(headers: Mapping[str, str]) -> dict[str, str]:
 
 def _unreadable(failure: WireError) -> UpstreamError:
     return UpstreamError("The upstream sent something that is no valid reply.", log=str(failure))
+
+
+def _never(piece: bytes) -> bool:
+    return False

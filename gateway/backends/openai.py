@@ -109,6 +109,8 @@ class OpenAIDecoder:
 
     def __init__(self, max_event: int = sse.MAX_LINE) -> None:
         self._events = sse.SSEDecoder(max_event)
+        self.may_pass = self._events.may_pass
+        """Those who know some bytes for whole events may read them instead of this, if it says so."""
         self.complete = False
         self.trailing = False
 
@@ -126,7 +128,7 @@ class OpenAIDecoder:
         for number, payload in enumerate(payloads, 1):
             if payload.strip() == sse.DONE:
                 self.complete = True
-                self.trailing = number < len(payloads)
+                self.trailing = number < len(payloads) or self._events.waiting
                 break
             if payload.strip():
                 chunks.append(Chunk(raw=payload))

@@ -17,8 +17,25 @@ from gateway.wire.jsontext import dumps, loads
 
 Message = dict[str, Any]
 
-_MOST_TOKENS = 10**9
+MOST_TOKENS = 10**9
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+_FIELDS: Sequence[tuple[str, type | tuple[type, ...], str]] = (
+    ("model", str, "a string"),
+    ("stream", bool, "true or false"),
+    ("stream_options", dict, "an object"),
+    ("conversation_id", str, "a string"),
+    ("user", str, "a string"),
+    ("safety_identifier", str, "a string"),
+    ("tools", list, "an array"),
+    ("logit_bias", dict, "an object"),
+    ("stop", (str, list), "a string or an array of strings"),
+)
+_USUAL_KINDS: Mapping[str, type | tuple[type, ...]] = {key: kind for key, kind, _ in _FIELDS}
+_LIMITS = {
+    **dict.fromkeys(_TOKEN_LIMITS, (-MOST_TOKENS, MOST_TOKENS)),
+    "n": (1, 128),
+    "top_logprobs": (0, 20),
+}
 
 
 class ChatRequest:
@@ -131,28 +148,41 @@ def _check_messages(data: Mapping[str, Any]) -> None:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("'messages' must be an array with at least one message.", param="messages")
     for index, message in enumerate(messages):
-        _check_message(message, f"messages[{index}]")
+        if not _is_usual_message(message):
+            _check_message(message, f"messages[{index}]")
+
+
+def _is_usual_message(message: object) -> bool:
+    """Told in no time; whatever is not of this kind is looked at again."""
+    if type(message) is not dict:
+        return False
+    role = message.get("role")
+    return type(role) is str and role != "" and type(message.get("content")) is str
+
+
+def _has_usual_fields(data: Mapping[str, Any]) -> bool:
+    for key, value in data.items():
+        if key in _USUAL_KINDS:
+            if not isinstance(value, _USUAL_KINDS[key]):
+                return False
+        elif key in _LIMITS:
+            least, most = _LIMITS[key]
+            if type(value) is not int or not least <= value <= most:
+                return False
+    return True
 
 
 def _check_fields(data: Mapping[str, Any]) -> None:
-    for key, kind, words in (
-        ("model", str, "a string"),
-        ("stream", bool, "true or false"),
-        ("stream_options", dict, "an object"),
-        ("conversation_id", str, "a string"),
-        ("user", str, "a string"),
-        ("safety_identifier", str, "a string"),
-        ("tools", list, "an array"),
-        ("logit_bias", dict, "an object"),
-        ("stop", (str, list), "a string or an array of strings"),
-    ):
+    if _has_usual_fields(data):
+        return
+    for key, kind, words in _FIELDS:
         if data.get(key) is not None and not isinstance(data[key], kind):
             raise BadRequest(f"'{key}' must be {words}.", param=key, code="invalid_type")
     for key in (*_TOKEN_LIMITS, "n", "top_logprobs"):
         value = data.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or abs(value) > _MOST_TOKENS):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or abs(value) > MOST_TOKENS):
             raise BadRequest(f"'{key}' must be a whole number.", param=key, code="invalid_type")
-    for key, least, most in (("n", 1, 128), ("top_logprobs", 0, 20)):
+    for key, (least, most) in _LIMITS.items():
         if data.get(key) is not None and not least <= data[key] <= most:
             raise BadRequest(f"'{key}' must be between {least} and {most}.", param=key, code="invalid_value")
 
@@ -199,7 +229,7 @@ class Chunk:
         return self._data
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Completion:
     """A whole reply: the upstream's bytes and what they parse to."""
 
@@ -207,7 +237,7 @@ class Completion:
     data: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Usage:
     """Token counts. The details are parts of the two totals, never beside them, and no token is in two of them, apart
     from `cache_write_1h_tokens`, which are some of `cache_write_tokens`.
@@ -248,18 +278,10 @@ class Usage:
         heard = _part(inside, "audio_tokens", prompt - cached - written)
         reasoning = _part(outside, "reasoning_tokens", completion)
         spoken = _part(outside, "audio_tokens", completion - reasoning)
-        return cls(
-            input_tokens=prompt,
-            output_tokens=completion,
-            cached_tokens=cached,
-            cache_write_tokens=written,
-            audio_input_tokens=heard,
-            reasoning_tokens=reasoning,
-            audio_output_tokens=spoken,
-            image_input_tokens=_part(inside, "image_tokens", prompt - cached - written - heard),
-            image_output_tokens=_part(outside, "image_tokens", completion - reasoning - spoken),
-            cache_write_1h_tokens=_part(data.get("cache_creation"), "ephemeral_1h_input_tokens", written),
-        )
+        seen = _part(inside, "image_tokens", prompt - cached - written - heard)
+        drawn = _part(outside, "image_tokens", completion - reasoning - spoken)
+        lasting = _part(data.get("cache_creation"), "ephemeral_1h_input_tokens", written)
+        return cls(prompt, completion, cached, written, heard, reasoning, spoken, seen, drawn, lasting)
 
     def to_openai(self) -> dict[str, Any]:
         """The `usage` object for a reply whose upstream sent none."""
@@ -271,16 +293,14 @@ class Usage:
 
 
 def _count(value: object) -> int | None:
-    if isinstance(value, float) and value.is_integer():
+    if type(value) is float and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_TOKENS:
-        return None
-    return value
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
 def _part(details: object, key: str, most: int) -> int:
     told = details.get(key) if isinstance(details, dict) else None
-    return 0 if told is None else min(_count(told) or 0, most)
+    return min(_count(told) or 0, most) if told else 0
 
 
 def text_of(content: object) -> str:

@@ -21,6 +21,7 @@ _NAMED_BYTES = 64 << 10
 _ODD_NUMBER = re.compile(rb"(?:^|[:\[,\s])(-?[0-9]{19,}(?![0-9.eE])|-?[0-9][0-9.]*[eE][+-]?[0-9]{3,}|-?Infinity|NaN)")
 _AS_ZEROS = bytes.maketrans(b"0123456789E", b"0000000000e")
 _LARGEST = 2**63
+_MOST_LOOKED_AT = 200
 _MOST_DIGITS = 308
 
 
@@ -32,8 +33,10 @@ def loads(raw: bytes) -> Any:
         if b"\\ud" not in raw and b"\\uD" not in raw:
             raise ValueError(_plain(failure)) from None
         value = _loads_surrogates(raw)
-    if (brackets := raw.count(b"[") + raw.count(b"{")) > MAX_DEPTH and _too_deep(value, brackets):
-        raise ValueError("it is nested too deeply")
+    if len(raw) > 2 * MAX_DEPTH:
+        brackets = raw.count(b"[") + raw.count(b"{")
+        if brackets > MAX_DEPTH and _too_deep(value, brackets):
+            raise ValueError("it is nested too deeply")
     return value
 
 
@@ -81,12 +84,14 @@ def dumps(value: Any) -> bytes:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def numbers_out_of_range(raw: bytes) -> str | None:
+def numbers_out_of_range(raw: bytes, value: object = None) -> str | None:
     """The path of the first number that a 64-bit integer or a double cannot hold (`a.b[0]`), or None.
 
     orjson turns such integers into floats without a word; a gateway that counts must not. Also for texts that `loads`
-    refused because of such a number: it knows the column only.
+    refused because of such a number: it knows the column only. `value`: what `raw` was parsed to, if it was.
     """
+    if isinstance(value, (dict, list)) and len(raw) <= _NAMED_BYTES and _has_usual_numbers(value):
+        return None
     if _has_plain_numbers(raw) or not any(_is_out_of_range(match[1]) for match in _ODD_NUMBER.finditer(raw)):
         return None
     named = len(raw) <= _NAMED_BYTES
@@ -102,6 +107,26 @@ def numbers_out_of_range(raw: bytes) -> str | None:
         return "body"
     except (ValueError, RecursionError):
         return None
+
+
+def _has_usual_numbers(value: dict[str, Any] | list[Any]) -> bool:
+    """What did not fit became 0.0, or a float beyond all integers of 64 bits. For small values: a text can be searched
+    faster than many can be looked at."""
+    outers: list[Any] = [value]
+    seen = 0
+    for outer in outers:
+        seen += len(outer)
+        if seen > _MOST_LOOKED_AT:
+            return False
+        for item in outer.values() if type(outer) is dict else outer:
+            kind = type(item)
+            if kind is str:
+                continue
+            if kind is dict or kind is list:
+                outers.append(item)
+            elif (kind is float or kind is int) and not (-_LARGEST < item < _LARGEST and (item or kind is int)):
+                return False
+    return True
 
 
 def _has_plain_numbers(raw: bytes) -> bool:

@@ -14,7 +14,7 @@ from operator import is_
 from typing import Any, TypeGuard
 
 from gateway.wire import splice
-from gateway.wire.chat import Completion, Usage
+from gateway.wire.chat import MOST_TOKENS, Completion, Usage
 from gateway.wire.failures import StreamedError
 from gateway.wire.jsontext import dumps
 from gateway.wire.operation import CHAT, COMPLETIONS
@@ -46,6 +46,8 @@ def completion(reply: Completion, *, model: str = "", at: int = 0) -> Completion
     gave up.
     """
     data = reply.data
+    if _is_right(data):
+        return reply
     choices = data.get("choices")
     choices = choices if isinstance(choices, list) else []
     operation = COMPLETIONS if _is_text(data, choices) else CHAT
@@ -60,6 +62,54 @@ def completion(reply: Completion, *, model: str = "", at: int = 0) -> Completion
     texts = {key: None if value is None else dumps(value) for key, value in changes.items()}
     right = {key: value for key, value in {**data, **changes}.items() if value is not None or key not in changes}
     return Completion(splice.edit(reply.raw, data, texts), right)
+
+
+def _is_right(data: Mapping[str, Any]) -> bool:
+    """Is it a chat reply of the usual kind, with nothing to put right? Told in no time; False: look closer."""
+    choices = data.get("choices")
+    if type(choices) is not list or not all(map(_is_right_choice, choices)):
+        return False
+    for key in ("id", "object", "model"):
+        if type(told := data.get(key)) is not str or not told:
+            return False
+    told = data.get("service_tier")
+    if told is not None and (type(told) is not str or told not in _TIERS):
+        return False
+    created, counts = data.get("created"), data.get("usage")
+    return type(created) is int and created > 0 and type(counts) is dict and _is_right_usage(counts)
+
+
+def _is_right_choice(choice: object) -> bool:
+    if type(choice) is not dict or type(message := choice.get("message")) is not dict:
+        return False
+    index, reason = choice.get("index"), choice.get("finish_reason")
+    return (
+        type(index) is int
+        and index >= 0
+        and type(reason) is str
+        and reason in _REASONS
+        and message.get("role") == "assistant"
+        and "content" in message
+        and "tool_calls" not in message
+        and not message.get("reasoning")
+    )
+
+
+def _is_right_usage(told: Json) -> bool:
+    if not (_is_token_count(told.get("prompt_tokens")) and _is_token_count(told.get("completion_tokens"))):
+        return False
+    for key, value in told.items():
+        kind = type(value)
+        if kind is dict:
+            if None in value.values():
+                return False
+        elif kind is not int or key.endswith("_details"):
+            return False
+    return is_count(told.get("total_tokens"))
+
+
+def _is_token_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MOST_TOKENS
 
 
 def _is_text(data: Mapping[str, Any], choices: list[Any]) -> bool:

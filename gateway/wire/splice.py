@@ -9,12 +9,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from gateway.wire.jsontext import dumps, loads
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
 _COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
+_USUAL_DEPTH = 8
+
+
+def _value_pattern() -> bytes:
+    """A value that is nested no deeper than most are: found by one match instead of a walk over all tokens."""
+    string = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+    inside = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % string
+    for _ in range(_USUAL_DEPTH - 1):
+        inside = rb'[^"{}\[\]]*+(?:(?:%b|[{\[]%b[}\]])[^"{}\[\]]*+)*+' % (string, inside)
+    return rb'(?:%b|[{\[]%b[}\]]|[^"{}\[\],\s]++)' % (string, inside)
+
+
+_VALUE = re.compile(rb"%b(?=[ \t\r\n]*[,}\]])" % _value_pattern(), re.DOTALL)
+_MEMBER = re.compile(
+    rb'[ \t\r\n]*("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*:[ \t\r\n]*(%b)[ \t\r\n]*([,}])' % _value_pattern(), re.DOTALL
+)
+_BEGIN = re.compile(rb"[ \t\r\n]*\{")
 _OPEN = frozenset(b"{[")
 _CLOSE = frozenset(b"}]")
 _SPACE = b" \t\r\n"
@@ -31,6 +50,26 @@ class Member(NamedTuple):
 
 def members(raw: bytes) -> list[Member]:
     """The members of the object that `raw` holds, in order, doubled keys included."""
+    found = _usual_members(raw)
+    return _any_members(raw) if found is None else found
+
+
+def _usual_members(raw: bytes) -> list[Member] | None:
+    """One match for each member; None for an object with one that is nested deeper than that can tell."""
+    found: list[Member] = []
+    begin = _BEGIN.match(raw)
+    at = begin.end() if begin is not None else len(raw)
+    while (member := _MEMBER.match(raw, at)) is not None:
+        key = member[1]
+        text: str = loads(key) if b"\\" in key else key[1:-1].decode()
+        found.append(Member(text, member.start(1), member.start(2), member.end(2)))
+        at = member.end()
+        if member[3] == b"}":
+            return found
+    return None
+
+
+def _any_members(raw: bytes) -> list[Member]:
     found: list[Member] = []
     depth = 0
     key_at: tuple[str, int] | None = None
@@ -64,15 +103,28 @@ def sole_value(raw: bytes, key: str) -> tuple[int, int] | None:
     A key that stands once in the text, and is there at the top, is that one: inside a text its quotes would be escaped.
     Unless a letter of a key is written as an escape, which nobody does who means well.
     """
-    if not (key.isascii() and key.isalpha() and key.islower()):
+    token = _plain_token(key)
+    at = -1 if token is None else raw.find(token)
+    if token is None or at < 0 or raw.find(token, at + 1) >= 0 or _has_escaped_letters(raw):
         return None
-    token = b'"%b"' % key.encode()
-    if raw.count(token) != 1 or b"\\u006" in raw or b"\\u007" in raw:
-        return None
-    after = _COLON.match(raw, raw.index(token) + len(token))
+    after = _COLON.match(raw, at + len(token))
     if after is None:  # it is a value somewhere
         return None
     start = after.end()
+    usual = _VALUE.match(raw, start)
+    return (start, usual.end()) if usual is not None else _any_value(raw, start)
+
+
+@lru_cache(maxsize=256)
+def _plain_token(key: str) -> bytes | None:
+    return b'"%b"' % key.encode() if key.isascii() and key.isalpha() and key.islower() else None
+
+
+def _has_escaped_letters(raw: bytes) -> bool:
+    return b"\\" in raw and b"\\u00" in raw and (b"\\u006" in raw or b"\\u007" in raw)
+
+
+def _any_value(raw: bytes, start: int) -> tuple[int, int] | None:
     depth = 0
     for found in _TOKEN.finditer(raw, start):
         first = raw[found.start()]
@@ -95,26 +147,48 @@ def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> 
     `data` is what `raw` parses to. New members go to the end. An object with a doubled key among the changed ones is
     written anew from `data`, so that nobody downstream can read another value than we did.
     """
-    replaced = {key: text for key, text in changes.items() if key in data}
-    added = {key: text for key, text in changes.items() if key not in data and isinstance(text, bytes)}
+    replaced: dict[str, Change] = {}
+    added: list[bytes] = []
+    for key, text in changes.items():
+        if key in data:
+            replaced[key] = text
+        elif isinstance(text, bytes):
+            added.append(_key_text(key) + text)
     if replaced:
         raw = _edit_members(raw, data, replaced)
         if len(replaced) == len(data) and not any(replaced.values()):
             data = {}
     if not added:
         return raw
-    tail = b",".join(dumps(key) + b":" + text for key, text in added.items())
     close = raw.rindex(b"}")
-    return b"".join((raw[:close].rstrip(_SPACE), b"," if data else b"", tail, raw[close:]))
+    return b"".join((raw[:close].rstrip(_SPACE), b"," if data else b"", b",".join(added), raw[close:]))
+
+
+@lru_cache(maxsize=256)
+def _key_text(key: str) -> bytes:
+    return dumps(key) + b":"
 
 
 def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> bytes:
-    if len(changes) == 1:
-        ((key, text),) = changes.items()
+    edited = _with_values(raw, changes)
+    return _rewritten(raw, data, changes) if edited is None else edited
+
+
+def _with_values(raw: bytes, changes: Mapping[str, Change]) -> bytes | None:
+    """With new values in places that were found without a look at the rest; None: look at all of it."""
+    places: list[tuple[int, int, bytes | Callable[[bytes], bytes]]] = []
+    for key, text in changes.items():
         found = None if text is None else sole_value(raw, key)
-        if text is not None and found is not None:
-            start, end = found
-            return b"".join((raw[:start], _text(text, raw[start:end]), raw[end:]))
+        if text is None or found is None:
+            return None
+        places.append((*found, text))
+    places.sort(key=itemgetter(0), reverse=True)
+    for start, end, text in places:
+        raw = raw[:start] + _text(text, raw[start:end]) + raw[end:]
+    return raw
+
+
+def _rewritten(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> bytes:
     places = members(raw)
     keys = [place.key for place in places]
     if any(keys.count(key) != 1 for key in changes):

@@ -32,6 +32,16 @@ class SSEDecoder:
         self._start = True
         self._after_cr = False
 
+    @property
+    def waiting(self) -> bool:
+        """Has the beginning of an event come, and not its end?"""
+        return bool(self._parts or self._data)
+
+    def may_pass(self, piece: bytes) -> bool:
+        """May somebody who knows these bytes for whole events read them instead of us? Nothing of an earlier event
+        waits here, and none of these can be too long."""
+        return len(piece) <= self._max and not (self._parts or self._data or self._start or self._after_cr)
+
     def feed(self, piece: bytes) -> list[bytes]:
         if not (self._parts or self._data or self._start or self._after_cr) and piece.endswith(b"\n\n"):
             payloads = self._whole_events(piece)

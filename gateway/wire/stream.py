@@ -84,6 +84,23 @@ class ChatStream:
             self.failure = failure
         return sse.encode(leaving)
 
+    def pass_piece(self, piece: bytes) -> bytes | None:
+        """For one read of the upstream's socket that begins and ends with an event: what `feed` would give for its
+        chunks. None: they are not of the usual kind, and nothing was done."""
+        if self._template is None or self.failure is not None:
+            return None
+        usual = self._template.events(piece)
+        if usual is None:
+            return None
+        texts, leaving = usual
+        characters = self.answer.characters + sum(map(len, texts))
+        if characters > _MOST_CHARACTERS:
+            return None
+        for pieces in self._texts:
+            pieces += texts
+        self.answer.characters = characters
+        return leaving
+
     def _one(self, chunk: Chunk, leaving: list[bytes]) -> None:
         self._forget()
         try:

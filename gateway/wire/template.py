@@ -34,12 +34,17 @@ _MARK = b"\\" + MARK.encode()
 _PADDED = b"padding" + secrets.token_hex(8).encode()
 _MARKS = re.compile(re.escape(_MARK) + b"|" + _PADDED)
 _MARKS_REWRITTEN = re.compile(MARK.encode())
+_DATA, _BLANK = b"data: ", b"\n\n"
+"""An event of one line begins and ends so."""
 
 
 class Template:
     """`read` a chunk: its text and the bytes that leave for it, or None for a chunk that is not like this one."""
 
-    __slots__ = ("_changed", "_end", "_head", "_leaving", "_middle", "_rewritten", "_start", "_tail")
+    __slots__ = (
+        *("_between", "_changed", "_end", "_event_end", "_event_start", "_head", "_leaving", "_leaving_between"),
+        *("_middle", "_one_line", "_rewritten", "_start", "_tail"),
+    )
 
     def __init__(self, parts: list[bytes], leaving: list[bytes], *, rewritten: bool) -> None:
         """`parts` and `leaving`: what comes and what leaves around the text (and the padding). `rewritten`: it does
@@ -50,8 +55,52 @@ class Template:
         self._start = len(self._head) - 1
         self._end = 1 - len(self._tail)
         self._leaving = leaving
-        self._changed = leaving != parts
+        self._changed = rewritten or leaving != parts
         self._rewritten = rewritten
+        self._one_line = not any(b"\n" in part or b"\r" in part for part in (*parts, *leaving))
+        self._event_start = _DATA + self._head
+        self._event_end = self._tail + _BLANK
+        self._between = self._event_end + self._event_start
+        self._leaving_between = leaving[-1] + _BLANK + _DATA + leaving[0]
+
+    def events(self, piece: bytes) -> tuple[list[str], bytes] | None:
+        """Whole events of such chunks and nothing else, as one read of a socket brings them: their texts, and the
+        events that leave (the very same bytes, if they may)."""
+        if not (self._one_line and piece.startswith(self._event_start) and piece.endswith(self._event_end)):
+            return None
+        if self._middle or self._rewritten:
+            return self._one_by_one(piece)
+        string = piece[len(_DATA) + self._start : self._end - len(_BLANK)]
+        inside = string[1:-1].split(self._between)
+        if len(inside) > 1:
+            if b"\\" in string:
+                return self._one_by_one(piece)
+            string = b'["%b"]' % b'","'.join(inside)  # as many strings as that, or one of them was none
+        try:
+            texts = orjson.loads(string)
+        except orjson.JSONDecodeError:
+            return None
+        if len(inside) == 1:
+            texts = [texts]
+        elif len(texts) != len(inside):
+            return None
+        if not self._changed:
+            return texts, piece
+        leaving = inside[0] if len(inside) == 1 else self._leaving_between.join(inside)
+        return texts, b"".join((_DATA, self._leaving[0], leaving, self._leaving[-1], _BLANK))
+
+    def _one_by_one(self, piece: bytes) -> tuple[list[str], bytes] | None:
+        texts: list[str] = []
+        leaving: list[bytes] = []
+        for raw in piece[len(_DATA) : -len(_BLANK)].split(_BLANK + _DATA):
+            found = self.read(raw)
+            if found is None:
+                return None
+            texts.append(found[0])
+            leaving.append(found[1])
+        if not self._changed:
+            return texts, piece
+        return texts, b"%b%b%b" % (_DATA, (_BLANK + _DATA).join(leaving), _BLANK)
 
     def read(self, raw: bytes) -> tuple[str, bytes] | None:
         if not (raw.startswith(self._head) and raw.endswith(self._tail)):

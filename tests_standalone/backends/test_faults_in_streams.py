@@ -33,6 +33,7 @@ GZIPPED = SSE[:-2] + b"content-encoding: gzip\r\n\r\n"
 
 def told(answer: Answer) -> str:
     """The text that a client puts together."""
+    assert answer.events, (answer.status, answer.body)
     assert (answer.status, answer.clean_end, answer.events[-1]) == (200, True, "[DONE]")
     return "".join(choice["delta"].get("content") or "" for chunk in answer.events[:-1] for choice in chunk["choices"])
 
@@ -156,7 +157,7 @@ class TestF79:
         assert failed_midway(answer, "packed")["code"] == "upstream_error"
 
 
-AFTER_THE_END = [DONE, event(delta("late")), event(delta("late")) + DONE, event(b'{"error":"x"}')]
+AFTER_THE_END = [DONE, event(delta("late")), event(delta("late")) + DONE, b"data: {", event(b'{"error":"x"}'), b"x"]
 
 
 @pytest.mark.parametrize("after", AFTER_THE_END)

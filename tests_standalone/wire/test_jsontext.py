@@ -215,3 +215,39 @@ class TestNumbersOutOfRange:
         value, digits = float(number), number.lower().partition("e")[0]
         lost = math.isinf(value) or (value == 0 and any(digit in digits for digit in "123456789"))
         assert numbers_out_of_range(b"[" + number.encode() + b"]") == ("[0]" if lost else None)
+
+    @given(
+        st.recursive(
+            st.sampled_from(
+                ["1", "0", "-0.0", "0.0", "0.7", "1e5", "1e999", "-1e-999", "1e-320", '"1e999"', "true", "null"]
+            )
+            | st.sampled_from(
+                ["9223372036854775807", "-9223372036854775808", "18446744073709551615", "1" * 20, "-" + "1" * 30]
+            ),
+            lambda inner: (
+                st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]")
+                | st.lists(st.tuples(st.sampled_from("abc"), inner), max_size=3).map(
+                    lambda items: "{" + ",".join(f'"{key}":{value}' for key, value in items) + "}"
+                )
+            ),
+        ),
+        st.sampled_from(["1", '"\\ud83d"']),
+        st.sampled_from([0, 70_000]),
+    )
+    def test_whether_the_value_is_known_or_not(self, text: str, beside: str, padding: int) -> None:
+        raw = f'[{beside},"{"x" * padding}",{text}]'.encode()
+        try:
+            value = loads(raw)
+        except ValueError:
+            return
+        assert numbers_out_of_range(raw, value) == numbers_out_of_range(raw)
+
+    @pytest.mark.parametrize(
+        ("text", "path"), [(b"[1e-999]", "[0]"), (b'{"a":[-1e-999]}', "a[0]"), (b"[0.0, -0.0]", None)]
+    )
+    def test_what_vanished_is_not_taken_for_a_zero(self, text: bytes, path: str | None) -> None:
+        assert numbers_out_of_range(text, loads(text)) == path
+
+    def test_in_a_value_of_many(self) -> None:
+        raw = b"[%b1e-999]" % (b"1," * 5000)
+        assert numbers_out_of_range(raw, loads(raw)) == "[5000]"

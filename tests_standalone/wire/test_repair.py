@@ -345,6 +345,38 @@ _REPLIES = st.builds(
 )
 
 
+_ODD = _JSON | st.sampled_from([1.5, 10**9 + 1, [None], {"cached_tokens": None}, "tool_calls", "default", USAGE])
+
+
+@given(st.sampled_from(sorted(RIGHT)), st.lists(st.tuples(st.sampled_from(_KEYS), _ODD), max_size=2), st.data())
+def test_what_seems_right_is_right(name: str, changes: list[tuple[str, Any]], draw: st.DataObject) -> None:
+    """A look that takes no time says of nothing that it is right, if a closer one would put it right."""
+    data = copy.deepcopy(RIGHT[name])
+    for key, value in changes:
+        parts = [part for part in [data, *data["choices"], *_inside(data)] if isinstance(part, dict)]
+        part = draw.draw(st.sampled_from(parts))
+        if value is None and draw.draw(st.booleans()):
+            part.pop(key, None)
+        else:
+            part[key] = copy.deepcopy(value)
+    if repair._is_right(data):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repair, "_is_right", lambda data: False)
+            before = Completion(json.dumps(data).encode(), data)
+            assert repair.completion(before) is before
+
+
+def _inside(data: Json) -> list[Any]:
+    choices = data["choices"] if isinstance(data["choices"], list) else []
+    return [data.get("usage"), *(choice.get("message") for choice in choices if isinstance(choice, dict))]
+
+
+def test_the_usual_reply_seems_right_and_one_with_a_count_for_details_does_not() -> None:
+    usual = RIGHT["text"]
+    assert repair._is_right(usual)
+    assert not repair._is_right(usual | {"usage": USAGE | {"prompt_tokens_details": 3}})
+
+
 @given(_REPLIES)
 def test_anything_becomes_what_openais_sdk_takes_and_stays_so(data: Json) -> None:
     found = repaired(data, model="m", at=5)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.wire import splice
 from gateway.wire.jsontext import dumps, loads
-from gateway.wire.splice import edit, members
+from gateway.wire.splice import edit, members, sole_value
 
 
 def edited(raw: bytes, **changes: bytes | None) -> bytes:
@@ -179,3 +180,61 @@ def test_no_change_is_no_change(raw: bytes) -> None:
 def test_setting_one_member_changes_its_value_only(raw: bytes, data: st.DataObject) -> None:
     place = data.draw(st.sampled_from(members(raw)))
     assert edit(raw, json.loads(raw), {place.key: b"[0]"}) == raw[: place.value] + b"[0]" + raw[place.end :]
+
+
+# --- what one match finds is what a walk over all tokens finds
+
+
+@given(_objects(st.lists(_KEYS, max_size=5)))
+def test_members_of_the_usual_kind_and_of_any_kind(raw: bytes) -> None:
+    assert members(raw) == splice._any_members(raw)
+
+
+_FRAGMENTS = [
+    '"usage"',
+    ":",
+    ",",
+    "{",
+    "}",
+    "[",
+    "]",
+    " ",
+    "\n",
+    '"',
+    "\\",
+    "1",
+    "null",
+    '"a"',
+    '"x\\"y"',
+    "\v",
+    "usage",
+]
+
+
+@given(st.lists(st.sampled_from(_FRAGMENTS), max_size=20), st.lists(st.sampled_from(_FRAGMENTS), max_size=20))
+def test_a_value_in_any_text_even_if_it_is_no_json(before: list[str], after: list[str]) -> None:
+    raw = "".join([*before, '"usage":', *after]).encode()
+    found = sole_value(raw, "usage")
+    if found is not None:
+        assert found == splice._any_value(raw, found[0])
+
+
+@pytest.mark.parametrize("depth", [1, 7, 8, 9, 10, 100])
+def test_however_deep(depth: int) -> None:
+    value = b"[" * depth + b'{"]":"}"}' + b"]" * depth
+    raw = b'{"a":1, "usage" : %b ,"c":3}' % value
+    assert sole_value(raw, "usage") == (raw.index(b"["), raw.index(value) + len(value))
+    assert [raw[place.value : place.end] for place in members(raw)] == [b"1", value, b"3"]
+    assert edited(raw, usage=b"0", c=b"4") == b'{"a":1, "usage" : 0 ,"c":4}'
+
+
+@given(
+    _objects(st.lists(st.sampled_from(["cost", "usage", "model"]), max_size=5)),
+    st.dictionaries(st.sampled_from(["cost", "usage", "model"]), st.sampled_from([b"0", b'{"a":[]}']), max_size=3),
+)
+def test_new_values_in_their_places_or_after_a_look_at_all(raw: bytes, changes: dict[str, bytes]) -> None:
+    data = loads(raw)
+    replaced = {key: text for key, text in changes.items() if key in data}
+    if replaced:
+        quickly = splice._with_values(raw, replaced)
+        assert quickly in (None, splice._rewritten(raw, data, replaced))

@@ -202,3 +202,26 @@ class TestEncode:
 
     def test_a_ping_between_events_is_no_event(self) -> None:
         assert decode(sse.PING + encode([b"1"]) + sse.PING + sse.PING + encode([DONE])) == [b"1", DONE]
+
+
+@pytest.mark.parametrize(
+    ("before", "may"),
+    [
+        ([], False),
+        ([b"data: 1\n\n"], True),
+        ([b"data: 1\n\ndata: 2\n\n"], True),
+        ([b"data: 1\n\n", b"da", b"ta: 2\n\n"], True),
+        ([b"data: 1\n\nd"], False),
+        ([b"data: 1\n"], False),
+        ([b"data: 1\r\n\r\n"], True),
+        ([b"data: 1\r\r"], False),
+        ([b"data: 1\n\n", b": ping\n"], True),
+    ],
+)
+def test_whole_events_may_be_read_by_others_where_nothing_waits(before: list[bytes], may: bool) -> None:
+    decoder = SSEDecoder(max_line=20)
+    for piece in before:
+        decoder.feed(piece)
+    assert decoder.may_pass(b"data: 3\n\n") is may
+    assert not decoder.may_pass(b"data: %b\n\n" % (b"3" * 20)), "it may be too long"
+    assert decoder.feed(b"data: 3\n\n") or not may

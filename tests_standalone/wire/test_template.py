@@ -10,10 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gateway.wire import WireError
 from gateway.wire import stream as stream_module
 from gateway.wire import template as template_module
 from gateway.wire.chat import Chunk, Usage
-from gateway.wire.stream import ChatStream
+from gateway.wire.sse import SSEDecoder
+from gateway.wire.stream import ChatStream, StreamedError
 from gateway.wire.template import MARK, Probe
 
 Json = dict[str, Any]
@@ -249,6 +251,7 @@ def _filled(template: Json, text: str, padding: str, style: Json) -> bytes:
     return raw.encode()
 
 
+_MADE = re.compile(rb"(call_|cmpl-)[0-9a-f]{24}")
 _TEXT_KEYS = {"content", "reasoning", "reasoning_content", "arguments", "text", "x"}
 
 
@@ -262,14 +265,18 @@ def outcome(chunks: list[bytes], *, wants_usage: bool, operation: str, most: int
         patch.setattr(stream_module, "_MOST_PROBES", most)
         stream = ChatStream(wants_usage=wants_usage, operation=operation)
         out = [stream.feed([Chunk(raw=raw)]) for raw in chunks]
-        record = [stream.answer.message(index) for index in stream.answer.indexes]
-        end = stream.end(stream.usage or Usage(1, 2), None, {})
-    made = re.compile(rb"(call_|cmpl-)[0-9a-f]{24}")
+        return told(stream, out)
+
+
+def told(stream: ChatStream, out: list[bytes]) -> list[object]:
+    """All that a stream has given and remembers, but for ids that it made up."""
+    record = [stream.answer.message(index) for index in stream.answer.indexes]
+    end = stream.end(stream.usage or Usage(1, 2), None, {})
     for message in record:
         for call in message.get("tool_calls") or ():
-            call["id"] = made.sub(b"", call.get("id", "").encode())
+            call["id"] = _MADE.sub(b"", call.get("id", "").encode())
     return [
-        [made.sub(b"", item) for item in (*out, end)],
+        [_MADE.sub(b"", item) for item in (*out, end)],
         record,
         stream.usage,
         stream.timings,
@@ -313,6 +320,143 @@ def test_each_kind_of_chunk(number: int, style: int, wants_usage: bool) -> None:
     for operation in ("chat/completions", "completions"):
         fast = outcome(chunks, wants_usage=wants_usage, operation=operation, most=10**6)
         assert fast == outcome(chunks, wants_usage=wants_usage, operation=operation, most=0)
+
+
+# --- pieces as they come from a socket
+
+
+def events(*chunks: bytes) -> bytes:
+    return b"".join(b"data: " + raw.replace(b"\n", b"\ndata: ") + b"\n\n" for raw in chunks)
+
+
+def passed(pieces: list[bytes], *, wants_usage: bool, operation: str, whole: bool) -> list[object]:
+    """All that a stream does with pieces; `whole`: they may pass it without being taken apart."""
+    decoder, stream = SSEDecoder(), ChatStream(wants_usage=wants_usage, operation=operation)
+    out: list[bytes] = []
+    for piece in pieces:
+        leaving = stream.pass_piece(piece) if whole and decoder.may_pass(piece) else None
+        try:
+            if leaving is None:
+                leaving = stream.feed([Chunk(raw=payload) for payload in decoder.feed(piece)])
+        except (StreamedError, WireError) as failure:
+            return [[_MADE.sub(b"", item) for item in out], str(failure), stream.answer.characters]
+        out.append(leaving)
+    return [*told(stream, out), stream.answer.characters, repr(stream.failure)]
+
+
+class TestPieces:
+    A, B, QUOTED = (compact(chunk({"content": text})) for text in ("a", "", '"b\n"'))
+
+    def stream(self, **more: Any) -> ChatStream:
+        stream = ChatStream(wants_usage=False)
+        stream.feed([Chunk(raw=BEGIN), Chunk(raw=compact(chunk({"content": "a"}, **more)))])
+        return stream
+
+    @pytest.mark.parametrize("chunks", [[A], [B], [QUOTED], [A, B], [A, A, B, A], [QUOTED, QUOTED]])
+    def test_usual_ones_leave_as_the_very_same_bytes(self, chunks: list[bytes]) -> None:
+        stream, piece = self.stream(), events(*chunks)
+        assert stream.pass_piece(piece) is piece
+        texts = [json.loads(raw)["choices"][0]["delta"]["content"] for raw in chunks]
+        assert stream.answer.message()["content"] == "".join(["a", *texts])
+        assert stream.answer.characters == len("".join(["a", *texts]))
+
+    @pytest.mark.parametrize("texts", [["b"], ["b", ""], ["b", '"', "c"]])
+    @pytest.mark.parametrize("more", [{"usage": None}, {"usage": None, "obfuscation": "x"}, {"service_tier": "odd"}])
+    def test_so_do_those_that_are_changed(self, texts: list[str], more: Json) -> None:
+        stream, long_way = self.stream(**more), self.stream(**more)
+        chunks = [compact(chunk({"content": text}, **more)) for text in texts if text or "service_tier" not in more]
+        assert stream.pass_piece(events(*chunks)) == long_way.feed([Chunk(raw=raw) for raw in chunks])
+
+    @pytest.mark.parametrize(
+        "piece",
+        [
+            b"",
+            b"\n\n",
+            events(A)[:-1],
+            events(A)[1:],
+            events(A)[1:-1],
+            events(A) + b"\n",
+            b": ping\n\n" + events(A),
+            events(A, compact(chunk({"content": None}))),
+            events(compact(chunk({"content": None})), A),
+            events(A, b"[DONE]"),
+            events(A, A[:-1]),
+            events(A).replace(b"\n\n", b"\r\n\r\n"),
+            events(A).replace(b'"a"', b'"a\n"'),
+            events(A).replace(b'"a"', b'"a","b":"c"'),
+            events(A).replace(b'"a"', b'"'),
+            events(A).replace(b'"a"', b""),
+            events(A).replace(b'"a"', b'"\\ud83d"'),
+            events(A.replace(b'"a"', b'"a","b"'), A.replace(b'"a"', b'"a\\"')),
+            events(A, A.replace(b'"a"', b'"a\\"'), A.replace(b'"a"', b'","c"')),
+            events(A.replace(b'"a"', b'"a","b"'), A),
+            events(A.replace(b'"a"', b'"\xc3"'), A.replace(b'"a"', b'"\xa9"')),
+        ],
+    )
+    def test_others_do_not_pass_and_change_nothing(self, piece: bytes) -> None:
+        stream = self.stream()
+        assert stream.pass_piece(piece) is None
+        assert stream.answer.message()["content"] == "a"
+        assert stream.answer.characters == 1
+        assert stream.pass_piece(events(A)) is not None, "the next one does"
+
+    def test_chunks_of_several_lines_are_not_for_those_who_know_lines_only(self) -> None:
+        stream = ChatStream(wants_usage=False)
+        lines = json.dumps(chunk({"content": "a"}), indent=1).encode()
+        stream.feed([Chunk(raw=BEGIN), Chunk(raw=lines)])
+        assert stream.pass_piece(b"data: " + lines + b"\n\n") is None
+        assert stream.pass_piece(events(lines)) is None
+
+    def test_nothing_passes_before_a_chunk_was_read_or_after_a_failure(self) -> None:
+        assert ChatStream(wants_usage=False).pass_piece(events(A)) is None
+        stream = self.stream()
+        stream.feed([Chunk(raw=A), Chunk(raw=b"{")])
+        assert stream.failure is not None
+        assert stream.pass_piece(events(A)) is None
+
+    def test_an_answer_that_is_too_long_takes_the_long_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream_module, "_MOST_CHARACTERS", 3)
+        stream = self.stream()
+        assert stream.pass_piece(events(A, A)) is not None
+        assert stream.pass_piece(events(A)) is None
+        assert stream.answer.characters == 3
+
+
+_JUNK = st.sampled_from(
+    [b'"', b"\\", b'","', b"\n", b"\r", b"\n\n", b"data: ", b"\xc3", b"{", b": ping\n\n", b"[DONE]"]
+)
+
+
+@given(
+    _RUNS,
+    st.sampled_from(_STYLES),
+    st.booleans(),
+    st.sampled_from(["chat/completions"] * 4 + ["completions"]),
+    st.lists(st.integers(0, 40), max_size=20),
+    st.lists(st.tuples(st.integers(0, 9000), _JUNK), max_size=1),
+    st.lists(st.integers(0, 9000), max_size=3),
+)
+def test_pieces_and_chunks_are_the_same(
+    runs: list[tuple[Json, list[tuple[str, str]]]],
+    style: Json,
+    wants_usage: bool,
+    operation: str,
+    together: list[int],
+    junk: list[tuple[int, bytes]],
+    cuts: list[int],
+) -> None:
+    """Some events come together, some are cut; some are broken."""
+    found = [events(raw) for raw in raws(runs, style)]
+    for place in together:
+        found[place : place + 2] = [b"".join(found[place : place + 2])] if place < len(found) else []
+    for place, text in junk:
+        at = place % (len(found) + 1)
+        found[at : at + 1] = [piece[:place] + text + piece[place:] for piece in found[at : at + 1]]
+    for place in cuts:
+        at = place % (len(found) + 1)
+        found[at : at + 1] = [part for piece in found[at : at + 1] for part in (piece[:place], piece[place:]) if part]
+    fast = passed(found, wants_usage=wants_usage, operation=operation, whole=True)
+    assert fast == passed(found, wants_usage=wants_usage, operation=operation, whole=False)
 
 
 def test_the_mark_is_nobodys_text() -> None:
