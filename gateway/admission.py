@@ -21,13 +21,17 @@ class Admission:
         self._database = database
         self._waiting: list[asyncio.Future[KeyState]] = []
         self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def check(self) -> KeyState:
         """Raises DatabaseUnavailable."""
-        answer: asyncio.Future[KeyState] = asyncio.get_running_loop().create_future()
+        loop = self._loop
+        if loop is None:  # asking asyncio for it costs a system call each time
+            loop = self._loop = asyncio.get_running_loop()
+        answer: asyncio.Future[KeyState] = loop.create_future()
         self._waiting.append(answer)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run(), name="admission")
+            self._task = loop.create_task(self._run(), name="admission")
         return await answer
 
     async def _run(self) -> None:

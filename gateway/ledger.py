@@ -57,11 +57,8 @@ class Turn:
     give_up_at: float = field(default=0.0, compare=False)
     """When the waiter is told that it takes too long, by the loop's clock."""
 
-    @property
-    def size(self) -> int:
-        """Bytes of content, about."""
-        messages = self.conversation.messages if self.conversation is not None else ()
-        return sum(len(message.content) + len(message.extra or "") for message in messages or ())
+    size: int = field(default=0, compare=False)
+    """Bytes of content, about; known once it is recorded."""
 
 
 class LedgerMetrics(Protocol):
@@ -91,9 +88,12 @@ class Ledger:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
+        self._loop: asyncio.AbstractEventLoop
+        """Since `start`: asking asyncio for it costs a system call each time."""
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="ledger")
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run(), name="ledger")
 
     async def aclose(self, grace: float = 3.0) -> None:
         """Writes what waits; what the database does not take in `grace` seconds is logged as lost."""
@@ -131,7 +131,7 @@ class Ledger:
         """Returns once the turn is durable. Raises NotRecorded."""
         started = time.perf_counter()
         try:
-            await self._record(turn)
+            await self._accepted(turn)
         except NotRecorded:
             if self._metrics is not None:
                 self._metrics.turn_refused()
@@ -139,30 +139,29 @@ class Ledger:
         if self._metrics is not None:
             self._metrics.turn_recorded(time.perf_counter() - started)
 
-    async def _record(self, turn: Turn) -> None:
-        size = turn.size
-        full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + size > MOST_WAITING_BYTES
+    def _accepted(self, turn: Turn) -> asyncio.Future[None]:
+        """What the turn's caller waits for; who stops waiting takes nothing but this along."""
+        turn.size = _size(turn)
+        full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + turn.size > MOST_WAITING_BYTES
         if (full and self._waiting) or self._task is None or self._task.done():
             log.error("turn not recorded, no room: %s", _figures(turn))
             raise NotRecorded(log="the ledger takes no more turns")
-        loop = asyncio.get_running_loop()
-        turn.waiter, turn.give_up_at = loop.create_future(), loop.time() + DEADLINE
+        turn.waiter, turn.give_up_at = self._loop.create_future(), self._loop.time() + DEADLINE
         self._waiting.append(turn)
-        self._waiting_bytes += size
+        self._waiting_bytes += turn.size
         self._wake.set()
         if self._timer is None:
-            self._timer = loop.call_at(turn.give_up_at, self._tell_late_ones)
-        await asyncio.shield(turn.waiter)
+            self._timer = self._loop.call_at(turn.give_up_at, self._tell_late_ones)
+        return turn.waiter
 
     def _tell_late_ones(self) -> None:
         """Waiters whose time is up hear so; their turns stay. One timer serves them all: they wait in line."""
         self._timer = None
-        loop = asyncio.get_running_loop()
         for turn in self._waiting:
             if turn.waiter is None or turn.waiter.done():
                 continue
-            if turn.give_up_at > loop.time():
-                self._timer = loop.call_at(turn.give_up_at, self._tell_late_ones)
+            if turn.give_up_at > self._loop.time():
+                self._timer = self._loop.call_at(turn.give_up_at, self._tell_late_ones)
                 return
             _tell(turn.waiter, NotRecorded(log="no commit in time; the turn is kept and tried again"))
 
@@ -194,6 +193,8 @@ class Ledger:
 
     def _next_batch(self) -> list[Turn]:
         """The oldest turns, as many as fit; at least one."""
+        if self._waiting_bytes <= MOST_BATCH_BYTES and len(self._waiting) <= self._most_in_batch:
+            return self._waiting[:]
         size = 0
         for count, turn in enumerate(self._waiting[: self._most_in_batch]):
             size += turn.size
@@ -249,23 +250,37 @@ class Ledger:
             if talk is None:
                 continue
             if talk.is_new and talk.session_id is None:
-                talk.session_id = await self._session_of(talk.user_id, talk.at)
+                talk.session_id = self._known_session(talk) or await self._session_of(talk.user_id, talk.at)
             for row in turn.usage:
                 row.session_id = talk.session_id
 
+    def _known_session(self, talk: ConversationTurn) -> str | None:
+        """The session that this worker remembers of the user, if it goes on with this turn."""
+        known = self._sessions.get(talk.user_id)
+        if known is None or talk.at - known[1] > SESSION_IDLE_MS:
+            return None
+        self._sessions[talk.user_id] = (known[0], talk.at)
+        self._sessions.move_to_end(talk.user_id)
+        return known[0]
+
     async def _session_of(self, user_id: str, now: int) -> str:
-        known = self._sessions.pop(user_id, None)
-        if known is None or now - known[1] > SESSION_IDLE_MS:
-            session_id = await sessions.current(self._database, user_id, active_since=now - SESSION_IDLE_MS)
-            if session_id is None:
-                session_id = f"sess_{random_hex()}"
-                await sessions.open_session(self._database, session_id, user_id, now)
-        else:
-            session_id = known[0]
+        session_id = await sessions.current(self._database, user_id, active_since=now - SESSION_IDLE_MS)
+        if session_id is None:
+            session_id = f"sess_{random_hex()}"
+            await sessions.open_session(self._database, session_id, user_id, now)
+        self._sessions.pop(user_id, None)
         self._sessions[user_id] = (session_id, now)
         if len(self._sessions) > _MOST_SESSIONS:
             self._sessions.popitem(last=False)
         return session_id
+
+
+def _size(turn: Turn) -> int:
+    size = 0
+    if turn.conversation is not None:
+        for message in turn.conversation.messages or ():
+            size += len(message.content) + len(message.extra or "")
+    return size
 
 
 def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:

@@ -18,7 +18,7 @@ _FIND = """
     WHERE c.user_id = $1 AND c.id = $2 AND c.deleted_at IS NULL
     ORDER BY m.seq"""
 
-_CREATE = """
+CREATE = """
     INSERT INTO conversations (pk, id, user_id, key_id, end_user, session_id, created_at, last_used, message_count,
         total_tokens_input, total_tokens_output, total_cost_nanousd, title)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $7, $8, $9, $10, $11, $12)
@@ -30,7 +30,7 @@ _CREATE = """
         total_tokens_output = conversations.total_tokens_output + excluded.total_tokens_output,
         total_cost_nanousd = conversations.total_cost_nanousd + excluded.total_cost_nanousd"""
 
-_ADD_TO = """
+ADD_TO = """
     UPDATE conversations SET message_count = message_count + $2, total_tokens_input = total_tokens_input + $3,
         total_tokens_output = total_tokens_output + $4, total_cost_nanousd = total_cost_nanousd + $5,
         last_used = CASE WHEN last_used < $6 THEN $6 ELSE last_used END
@@ -44,12 +44,12 @@ _INSERT = """
         CAST($10 AS TEXT), CAST($11 AS BIGINT)
     FROM conversations c WHERE """
 
-_INSERT_BY_PK = _INSERT + "c.pk = $12"
+INSERT_BY_PK = _INSERT + "c.pk = $12"
 # A conversation that this batch made: another worker may have made it first, under another pk.
-_INSERT_BY_OWNER = _INSERT + "c.user_id = $12 AND c.id = $13 AND c.deleted_at IS NULL"
+INSERT_BY_OWNER = _INSERT + "c.user_id = $12 AND c.id = $13 AND c.deleted_at IS NULL"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StoredMessage:
     """A message as it lies in the table: `content` and `extra` are JSON texts."""
 
@@ -109,7 +109,10 @@ async def find(database: Database, user_id: str, conversation_id: str) -> Stored
 
 
 def save(turns: Sequence[ConversationTurn]) -> list[Step]:
-    """The steps that add these turns: totals summed by conversation, rows in one order for all workers."""
+    """The steps that add these turns: totals summed by conversation, rows in one order for all workers.
+
+    Messages follow their conversations at once, for one may be new to one turn and known to another of the same batch.
+    """
     new: list[tuple[str | int | None, ...]] = []
     known: list[tuple[str | int | None, ...]] = []
     by_pk: list[tuple[str | int | None, ...]] = []
@@ -135,7 +138,7 @@ def save(turns: Sequence[ConversationTurn]) -> list[Step]:
                 by_owner.append((*row, first.user_id, first.id))
             else:
                 by_pk.append((*row, first.pk))
-    return [(_CREATE, new), (_ADD_TO, known), (_INSERT_BY_OWNER, by_owner), (_INSERT_BY_PK, by_pk)]
+    return [(CREATE, new), (INSERT_BY_OWNER, by_owner), (ADD_TO, known), (INSERT_BY_PK, by_pk)]
 
 
 def _by_conversation(turns: Sequence[ConversationTurn]) -> list[list[ConversationTurn]]:

@@ -5,8 +5,10 @@ Rules:
 - One deadline holds for all of a call: the wait for a free connection, the connect, the statements, the retries.
 - A connection goes back to the pool only if it is known to be idle and outside a transaction. After a time-out, a
   cancellation or a lost connection nobody knows, so it is dropped without a word to the server, which may be silent.
-- asyncpg's exceptions end here, by SQLSTATE: the row is at fault (`RowRejected`) or the database is
+- asyncpg's exceptions end here (`postgres_errors`): the row is at fault (`RowRejected`) or the database is
   (`DatabaseUnavailable`). Any other is a mistake in our SQL and flies as it is.
+- A statement that is a transaction of its own has no BEGIN and COMMIT around it, and asyncpg's own timer instead of
+  ours: `fetch`, a `write` of one row, and a batch of finished turns, which `postgres_turns` makes one statement.
 - After `DatabaseUnavailable` from `write` or `transaction` the commit may have happened all the same: repeat only what
   can be repeated. Only `Conflict` says that nothing was done.
 
@@ -26,42 +28,13 @@ from typing import TYPE_CHECKING, Literal
 import asyncpg
 
 from gateway.errors import DatabaseUnavailable
-from gateway.store.database import AlreadyThere, PoolUse, Row, RowRejected, Step, Transaction, Value
+from gateway.store import postgres_turns
+from gateway.store.database import PoolUse, Row, RowRejected, Step, Transaction, Value
+from gateway.store.postgres_errors import FOREIGN, Conflict, ReadOnly, translated
+from gateway.store.postgres_pool import Pool
 
 if TYPE_CHECKING:
-    from asyncpg.pool import PoolConnectionProxy
-
-    Connection = PoolConnectionProxy[asyncpg.Record]
-
-FOREIGN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
-
-# What an SQLSTATE, or the start of one, means for the caller.
-ROW_REJECTED = ("22", "23")
-CONFLICT = ("40001", "40P01")
-READ_ONLY = ("25006",)
-UNAVAILABLE = (
-    "08",  # connection lost; pgbouncer has no server
-    "25P03",  # we were silent too long inside a transaction
-    "26",  # a prepared statement is gone: there is a pooler, and statement_cache is on
-    "28",  # password or certificate rejected
-    "3D",  # no such database
-    "40",  # the other ways to lose a transaction; of some the end is unknown
-    "42501",  # no right to the table
-    "42P05",  # a prepared statement is already there: as 26
-    "53",  # disk full, out of memory, too many connections
-    "55P03",  # lock_timeout
-    "57",  # shutting down, starting up, crashed, statement_timeout
-    "58",  # I/O error
-    "XX",  # corrupted
-)
-
-
-class Conflict(DatabaseUnavailable):
-    """A deadlock or a serialization failure: another transaction won, and nothing of this one remains."""
-
-
-class ReadOnly(DatabaseUnavailable):
-    """The server takes no writes: it was the primary once, or its disk is full and the provider locked it."""
+    from gateway.store.postgres_pool import Connection
 
 
 class PostgresDatabase:
@@ -87,39 +60,37 @@ class PostgresDatabase:
         self._url = url
         self._pool_size = pool_size
         self._statement_cache = statement_cache
-        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._pool: Pool | None = None
 
     @property
     def pool_use(self) -> PoolUse:
         if self._pool is None:
             return PoolUse(0, 0, self._pool_size)
-        size = self._pool.get_size()
-        return PoolUse(size - self._pool.get_idle_size(), size, self._pool_size)
+        return PoolUse(self._pool.busy, self._pool.size, self._pool_size)
 
     async def open(self) -> None:
         if self._pool is not None:
             return
+        pool = Pool(self._connect, self._pool_size)
+        try:
+            async with asyncio.timeout(self.CONNECT_TIMEOUT):
+                pool.give(await pool.take())
+        except ValueError:  # its text may quote a part of the password
+            raise DatabaseUnavailable("the database URL cannot be used: check its port, host and options") from None
+        except FOREIGN as error:
+            raise translated(error, alive=False) from error
+        self._pool = pool
+
+    async def _connect(self) -> Connection:
         settings = self.SETTINGS if self._statement_cache else {}
-        pool = asyncpg.create_pool(
+        return await asyncpg.connect(
             self._url,
-            min_size=1,
-            max_size=self._pool_size,
-            max_queries=1 << 62,  # to end a connection after some queries would make the last one wait for a goodbye
             timeout=self.CONNECT_TIMEOUT,
             command_timeout=self.LONGEST_COMMAND,
             statement_cache_size=256 if self._statement_cache else 0,
             max_cached_statement_lifetime=0,
             server_settings={"application_name": "gateway", **settings},
-            reset=_nothing,
         )
-        try:
-            async with asyncio.timeout(self.CONNECT_TIMEOUT):
-                await pool
-        except ValueError:  # its text may quote a part of the password
-            raise DatabaseUnavailable("the database URL cannot be used: check its port, host and options") from None
-        except FOREIGN as error:
-            raise _translated(error, None) from error
-        self._pool = pool
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
@@ -129,25 +100,67 @@ class PostgresDatabase:
                     await pool.close()
 
     async def fetch(self, sql: str, *args: Value) -> Sequence[Row]:
-        async with self._connection(asyncio.timeout(self.FETCH_TIMEOUT)) as connection:
-            with _mapped(connection):
-                return await connection.fetch(sql, *args)
+        return await self._run_alone(sql, args, self._deadline(self.FETCH_TIMEOUT))
 
     async def write(self, steps: Sequence[Step], *, timeout: float | None = None) -> None:
-        work = [(sql, rows) for sql, rows in steps if rows]
+        work = [step for step in steps if step[1]]
         if not work:
             return
-        deadline = asyncio.get_running_loop().time() + max(timeout or 0, self.WRITE_TIMEOUT)
+        alone = postgres_turns.as_one(work)
+        deadline = self._deadline(max(timeout or 0, self.WRITE_TIMEOUT))
         for attempt in range(1, self.ATTEMPTS + 1):
             try:
-                async with self._connection(asyncio.timeout_at(deadline)) as connection:
-                    with _mapped(connection):
-                        await _run(connection, work)
+                if alone is not None:
+                    await self._run_alone(*alone, deadline)
+                else:
+                    async with self._connection(asyncio.timeout_at(deadline)) as connection:
+                        with _mapped(connection):
+                            await _run(connection, work)
                 return
             except Conflict:
                 if attempt == self.ATTEMPTS:
                     raise
+            except asyncpg.CardinalityViolationError:
+                if alone is None:
+                    raise
+                alone = None
             await asyncio.sleep(random.uniform(0, 0.02 * attempt))
+
+    def _deadline(self, seconds: float) -> float:
+        return self._opened().loop.time() + seconds
+
+    async def _run_alone(self, sql: str, args: Sequence[Value], deadline: float) -> Sequence[Row]:
+        """One statement, which the server takes as a transaction of its own."""
+        pool = self._opened()
+        connection = pool.take_idle() or await self._free_connection(pool, deadline)
+        try:
+            found = await connection.fetch(sql, *args, timeout=deadline - pool.loop.time())
+        except TimeoutError:
+            pool.drop(connection)
+            raise DatabaseUnavailable("no answer from PostgreSQL in time") from None
+        except FOREIGN as error:
+            ours = _ours(error, connection)
+            await _settle(pool, connection, ours)
+            raise ours from _cause(ours, error)
+        except BaseException as error:
+            await _settle(pool, connection, error)
+            raise
+        pool.give(connection)
+        return found
+
+    async def _free_connection(self, pool: Pool, deadline: float) -> Connection:
+        timer = asyncio.timeout_at(deadline)
+        try:
+            async with timer:
+                with _mapped():
+                    return await pool.take()
+        except TimeoutError:
+            if not timer.expired():
+                raise  # the caller's own
+            raise self._none_free() from None
+
+    def _none_free(self) -> DatabaseUnavailable:
+        return DatabaseUnavailable(f"no connection free or made, of {self._pool_size}, in time")
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
@@ -161,25 +174,28 @@ class PostgresDatabase:
     @asynccontextmanager
     async def _connection(self, timer: asyncio.Timeout) -> AsyncIterator[Connection]:
         """A connection until the timer ends. How the work inside ends decides whether the pool sees it again."""
-        pool, connection = self._pool, None
-        if pool is None:
-            raise DatabaseUnavailable("the database is not open")
+        pool, connection = self._opened(), None
         try:
             async with timer:
                 with _mapped():
-                    connection = await pool.acquire()
+                    connection = await pool.take()
                 try:
                     yield connection
                 except BaseException as error:
                     await _settle(pool, connection, error)
                     raise
-                finally:
-                    await pool.release(connection)
+                pool.give(connection)
         except TimeoutError:
             if not timer.expired():
                 raise  # the caller's own
-            fault = "no answer from PostgreSQL" if connection else f"no connection free or made, of {self._pool_size},"
-            raise DatabaseUnavailable(f"{fault} in time") from None
+            if connection is None:
+                raise self._none_free() from None
+            raise DatabaseUnavailable("no answer from PostgreSQL in time") from None
+
+    def _opened(self) -> Pool:
+        if self._pool is None:
+            raise DatabaseUnavailable("the database is not open")
+        return self._pool
 
 
 class _Transaction:
@@ -236,44 +252,30 @@ async def _run_many(connection: Connection, sql: str, rows: Sequence[Sequence[Va
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        _drop(connection)
+        connection.terminate()
         task.cancel()
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         raise
 
 
-async def _settle(pool: asyncpg.Pool[asyncpg.Record], connection: Connection, error: BaseException) -> None:
+async def _settle(pool: Pool, connection: Connection, error: BaseException) -> None:
     """Rolls back where the server has just answered and will again; drops the connection everywhere else."""
     if isinstance(error, ReadOnly):
-        await pool.expire_connections()  # the others lead to the same server
+        pool.expire()  # the others lead to the same server
     answered = isinstance(error, Exception) and not isinstance(error, (DatabaseUnavailable, TimeoutError))
     clean = False
     try:
-        if (answered or isinstance(error, Conflict)) and not _lost(connection):
+        if (answered or isinstance(error, Conflict)) and not connection.is_closed():
             if connection.is_in_transaction():
                 await connection.execute("ROLLBACK")
             clean = True
     except FOREIGN:
         pass  # the first error is the one to tell
     finally:
-        if not clean:
-            _drop(connection)
-
-
-def _lost(connection: Connection) -> bool:
-    try:
-        return connection.is_closed()
-    except asyncpg.InterfaceError:  # the pool took it back when it broke
-        return True
-
-
-def _drop(connection: Connection) -> None:
-    if not _lost(connection):
-        connection.terminate()
-
-
-async def _nothing(_connection: object) -> None:
-    """For `reset`: we leave no session state behind, and asyncpg's own reset costs as much as a small query."""
+        if clean:
+            pool.give(connection)
+        else:
+            pool.drop(connection)
 
 
 @contextmanager
@@ -281,41 +283,14 @@ def _mapped(connection: Connection | None = None) -> Iterator[None]:
     try:
         yield
     except FOREIGN as error:
-        ours = _translated(error, connection)
-        if ours is error:
-            raise
-        # asyncpg's text shows the values of a rejected row, which are nobody's business.
-        raise ours from (None if isinstance(ours, RowRejected) else error)
+        ours = _ours(error, connection)
+        raise ours from _cause(ours, error)
 
 
-def _translated(error: Exception, connection: Connection | None) -> Exception:
-    if isinstance(error, asyncpg.InterfaceError):
-        # "pool is closing", "connection is closed"; on a connection that lives it is a mistake in our call.
-        return DatabaseUnavailable(_said(error)) if connection is None or _lost(connection) else error
-    if isinstance(error, asyncpg.InvalidCachedStatementError):
-        return Conflict(_said(error))  # a migration changed a table under a prepared statement: prepare again
-    if not isinstance(error, asyncpg.PostgresError):
-        return DatabaseUnavailable(_said(error))
-    state = error.sqlstate or ""
-    if isinstance(error, asyncpg.UniqueViolationError):
-        return AlreadyThere(_said(error))
-    if state.startswith(ROW_REJECTED):
-        return RowRejected(_said(error))
-    if state.startswith(CONFLICT):
-        return Conflict(_said(error))
-    if state.startswith(READ_ONLY):
-        return ReadOnly(_said(error))
-    if state.startswith(UNAVAILABLE):
-        return DatabaseUnavailable(_said(error))
-    return error
+def _ours(error: Exception, connection: Connection | None) -> Exception:
+    return translated(error, alive=connection is not None and not connection.is_closed())
 
 
-def _said(error: Exception) -> str:
-    """One line without values: asyncpg's own data errors quote the value between the place and the reason."""
-    if type(error) is asyncpg.DataError and error.__cause__ is not None:
-        text = f"{str(error.args[0]).partition(':')[0]}: {error.__cause__}"
-    elif isinstance(error, asyncpg.PostgresError):
-        text = str(error.args[0])
-    else:
-        text = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _cause(ours: Exception, error: Exception) -> BaseException | None:
+    """What to chain: asyncpg's text shows the values of a rejected row, which are nobody's business."""
+    return error.__cause__ if ours is error else None if isinstance(ours, RowRejected) else error

@@ -16,14 +16,14 @@ _OPEN = """
     INSERT INTO sessions (id, user_id, created_at, last_activity, conversation_count, total_tokens, total_cost_nanousd)
     VALUES ($1, $2, $3, $3, 0, 0, 0)"""
 
-_ADD = """
+ADD = """
     UPDATE sessions SET conversation_count = conversation_count + $2, total_tokens = total_tokens + $3,
         total_cost_nanousd = total_cost_nanousd + $4,
         last_activity = CASE WHEN last_activity < $5 THEN $5 ELSE last_activity END
     WHERE id = $1"""
 
 # Of those that make a conversation under one name at once, only one finds its own `pk` in the table.
-_COUNT_NAMED = """
+COUNT_NAMED = """
     UPDATE sessions SET conversation_count = conversation_count + 1
     WHERE id = $1 AND EXISTS (SELECT 1 FROM conversations WHERE pk = $2)"""
 
@@ -52,11 +52,11 @@ async def open_session(database: Database, session_id: str, user_id: str, now: i
 def add_totals(totals: Iterable[SessionTotals]) -> Step:
     """In id order, so that two workers cannot wait for each other in a circle."""
     ordered = sorted(totals, key=lambda total: total.id)
-    return _ADD, [
+    return ADD, [
         (total.id, total.conversations, total.tokens, total.cost_nanousd, total.last_activity) for total in ordered
     ]
 
 
 def count_named(made: Iterable[tuple[str, str]]) -> Step:
     """Counts conversations that were to be made under a name: (session, pk), after they were saved."""
-    return _COUNT_NAMED, sorted(made)
+    return COUNT_NAMED, sorted(made)

@@ -14,4 +14,6 @@ def clean(text: str, most: int = 256) -> str: ...
 def clean(text: None, most: int = 256) -> None: ...
 def clean(text: str | None, most: int = 256) -> str | None:
     """No U+0000, no lone surrogate (each becomes U+FFFD), at most `most` characters."""
-    return None if text is None else _UNSTORABLE.sub("\ufffd", text[:most])
+    if text is None or (len(text) <= most and text.isprintable()):
+        return text
+    return _UNSTORABLE.sub("\ufffd", text[:most])

@@ -52,11 +52,13 @@ class UsageRow:
     cache_write_1h_tokens: int
 
 
-_COLUMNS = [column.name for column in fields(UsageRow)]
-_VALUES = attrgetter(*_COLUMNS)
+COLUMNS = [column.name for column in fields(UsageRow)]
+NUMBERS = [column.name for column in fields(UsageRow) if column.type in ("int", "int | None")]
+
+_VALUES = attrgetter(*COLUMNS)
 # Plain on purpose, without ON CONFLICT: a turn that is written twice must fail as a whole, totals included.
-_INSERT = "INSERT INTO usage_rows ({}) VALUES ({})".format(
-    ", ".join(_COLUMNS), ", ".join(f"${index}" for index in range(1, len(_COLUMNS) + 1))
+INSERT = "INSERT INTO usage_rows ({}) VALUES ({})".format(
+    ", ".join(COLUMNS), ", ".join(f"${index}" for index in range(1, len(COLUMNS) + 1))
 )
 
 _GROUPS: dict[Grouping, str] = {
@@ -68,7 +70,7 @@ _GROUPS: dict[Grouping, str] = {
 
 
 def insert(rows: Iterable[UsageRow]) -> Step:
-    return _INSERT, [_VALUES(row) for row in rows]
+    return INSERT, [_VALUES(row) for row in rows]
 
 
 async def exists(database: Database, row_id: str) -> bool:

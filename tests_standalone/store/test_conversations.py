@@ -105,6 +105,15 @@ async def test_a_name_that_two_turns_make_at_once_is_one_conversation(migrated: 
     assert await rows(migrated, "SELECT pk, title FROM conversations") == [(one.pk, "first")]
 
 
+async def test_a_name_that_one_turn_makes_and_another_has_found_is_one_conversation(migrated: Database) -> None:
+    first = turn("one")
+    await save(migrated, first)
+    await save(migrated, turn("two"), turn("three", pk=first.pk, is_new=False))
+    assert await said(migrated) == ["one", "two", "three"]
+    assert await seqs(migrated) == [1, 2, 3]
+    assert await rows(migrated, TOTALS) == [("chat", 3, 9, 6, 30, NOON)]
+
+
 async def test_one_write_makes_and_continues_conversations_of_several_users(migrated: Database) -> None:
     old = turn("old", id="old")
     await save(migrated, old)

@@ -16,8 +16,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from gateway.errors import DatabaseUnavailable
+from gateway.store import usage
 from gateway.store.database import AlreadyThere, RowRejected, Step
-from gateway.store.postgres import Conflict, PostgresDatabase, ReadOnly
+from gateway.store.migrate import migrate
+from gateway.store.postgres import PostgresDatabase
+from gateway.store.postgres_errors import Conflict, ReadOnly
+from tests_standalone.conftest import usage_row
 from tests_standalone.support.postgres import OwnPostgres, Postgres, Way, find_binaries, free_port, launch
 
 ADD = "INSERT INTO notes (id, text) VALUES ($1, $2)"
@@ -415,6 +419,35 @@ async def test_a_write_that_is_cancelled_leaves_no_transaction_open(notes: Postg
     assert await runs_in_parallel(notes, 4)
 
 
+async def test_cancelling_while_much_is_sent_at_once(server: OwnPostgres) -> None:
+    async with opened(PostgresDatabase(server.create_database(), pool_size=2)) as database:
+        await migrate(database)
+        batch = [usage.insert(usage_row(price="x" * 100_000) for _ in range(count)) for count in (3, 300)]
+        await database.write(batch[:1])
+        server.pause()
+        writing = asyncio.create_task(database.write(batch[1:]))
+        await asyncio.sleep(0.3)
+        writing.cancel()
+        await asyncio.wait([writing])
+        server.resume()
+
+        assert writing.cancelled()
+        assert await runs_in_parallel(database, 2)
+        assert (await database.fetch("SELECT COUNT(*) FROM usage_rows"))[0][0] == 3
+
+
+async def test_a_batch_that_a_silent_server_does_not_take_ends_in_time(server: OwnPostgres) -> None:
+    async with opened(Hasty(server.create_database(), pool_size=2)) as database:
+        await migrate(database)
+        await database.write([usage.insert([usage_row()])])
+        server.pause()
+        told = await asyncio.gather(
+            *(database.write([usage.insert([usage_row()])]) for _ in range(4)), return_exceptions=True
+        )
+        assert {type(failure) for failure in told} == {DatabaseUnavailable}
+        server.resume()
+
+
 async def test_cancelling_while_much_is_sent(server: OwnPostgres) -> None:
     """asyncpg swallows such a cancellation and would wait for its time-out."""
     async with opened(PostgresDatabase(server.create_database(), pool_size=2)) as database:
@@ -547,6 +580,21 @@ async def test_without_statement_cache_a_pooler_may_change_sessions(server: OwnP
         assert len(pids) == 2
 
 
+async def test_finished_turns_through_a_pooler(server: OwnPostgres) -> None:
+    url = server.create_database()
+    async with opened(PostgresDatabase(url, pool_size=1)) as direct:
+        await migrate(direct)
+    async with (
+        TransactionPooler(server, url).listening() as url,
+        opened(PostgresDatabase(url, pool_size=1, statement_cache=False)) as database,
+    ):
+        for count in (1, 1, 5, 5):
+            await database.write([usage.insert(usage_row() for _ in range(count))])
+            with pytest.raises(RowRejected):
+                await database.write([usage.insert(usage_row(model=None) for _ in range(count))])
+        assert (await database.fetch("SELECT COUNT(*) FROM usage_rows"))[0][0] == 12
+
+
 async def test_with_statement_cache_a_pooler_is_refused_at_once(server: OwnPostgres) -> None:
     async with TransactionPooler(server, server.create_database()).listening() as url:
         with pytest.raises(DatabaseUnavailable) as caught:
@@ -593,6 +641,7 @@ def test_a_durable_server_syncs() -> None:
 
 START_AND_DIE = """
 import os
+from tests_standalone.conftest import usage_row
 from tests_standalone.support.postgres import OwnPostgres
 print(OwnPostgres().socket_folder, flush=True)
 os.kill(os.getpid(), 9)

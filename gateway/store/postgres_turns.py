@@ -1,0 +1,225 @@
+"""A batch of finished turns as one PostgreSQL statement: one round trip, one implicit transaction, one plan.
+
+`as_one` knows the steps of `usage`, `conversations` and `sessions` by their SQL and says the same in CTEs that change
+data. What differs from running them one after the other:
+
+- All parts see the tables as they were before, so a message learns its conversation's `pk` and `message_count` from
+  what the other part returns.
+- PostgreSQL runs the parts that nobody reads in no order that we choose. So the last line reads those that lock
+  conversations first, and sessions are locked after them, as by the steps.
+- A join does not say in which order it locks rows. Where there are several they are locked first, by a subquery for
+  each in the order in which the steps have them, which is one for all workers.
+- A plan that was made for a small table is kept when it has grown. `= ANY (ARRAY[...])` leaves the planner no join
+  other than a look into the index for each row.
+- No row can be changed twice. A conversation that is made and known in one batch (somebody made it between two looks)
+  ends the statement with a cardinality violation: then nothing is done, and the steps must run one after the other.
+
+A batch of a single turn, which is what most of them are, binds its values one by one: PostgreSQL starts it in two
+thirds of the time. Larger ones travel as JSON, one array of objects for each part, whose text takes about half the time
+to encode that an array for each column does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+
+import orjson
+
+from gateway.store import conversations, sessions, usage
+from gateway.store.database import RowRejected, Step, Value
+
+_MANY = -1
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A step that may be in a batch: what its rows are called here, and up to how many are bound one by one."""
+
+    name: str
+    sql: str
+    columns: Sequence[str]
+    few: int
+
+    def source(self, count: int, first: int) -> str:
+        """Something to read the rows from, whose first parameter is `$first`."""
+        if count == _MANY:
+            typed = ", ".join(f"{column} {_type(column)}" for column in self.columns)
+            return f"json_to_recordset(CAST(${first} AS JSON)) AS v({typed})"
+        places = iter(range(first, first + count * len(self.columns)))
+        rows = [
+            ", ".join(f"CAST(${place} AS {_type(column)})" for column, place in zip(self.columns, places, strict=False))
+            for _ in range(count)
+        ]
+        return f"(VALUES ({'), ('.join(rows)})) AS v({', '.join(self.columns)})"
+
+
+_MESSAGE = (
+    "id", "behind", "role", "content", "extra", "chain", "tokens", "cost_nanousd", "model", "finish_reason", "at",
+)  # fmt: skip
+_TOTALS = ("messages", "tokens_input", "tokens_output", "cost_nanousd")
+
+# In the order in which they may stand in a batch.
+_PARTS = (
+    _Part("usage", usage.INSERT, usage.COLUMNS, 2),
+    _Part(
+        "made",
+        conversations.CREATE,
+        ("pk", "id", "user_id", "key_id", "end_user", "session_id", "at", *_TOTALS, "title"),
+        1,
+    ),
+    _Part("by_owner", conversations.INSERT_BY_OWNER, (*_MESSAGE, "user_id", "conversation_id"), 4),
+    _Part("added", conversations.ADD_TO, ("pk", *_TOTALS, "at"), 1),
+    _Part("by_pk", conversations.INSERT_BY_PK, (*_MESSAGE, "conversation_pk"), 4),
+    _Part("totals", sessions.ADD, ("id", "conversations", "tokens", "cost_nanousd", "at"), 1),
+    _Part("named", sessions.COUNT_NAMED, ("session_id", "pk"), 1),
+)
+_PLACES = {part.sql: place for place, part in enumerate(_PARTS)}
+_NUMBERS = {*usage.NUMBERS, *_TOTALS, "at", "behind", "tokens", "conversations"}
+
+
+def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
+    """One statement and its parameters for steps that have rows; None if it does not know one of them.
+
+    Raises RowRejected for what JSON cannot hold.
+    """
+    shape = [0] * len(_PARTS)
+    last = -1
+    for sql, rows in work:
+        place = _PLACES.get(sql, -1)
+        if place <= last:
+            return None
+        shape[place], last = len(rows), place
+    if not _complete(work, shape):
+        return None
+    if all(count <= part.few for count, part in zip(shape, _PARTS, strict=True)) and _one_conversation(shape):
+        return _statement(tuple(shape)), list(chain.from_iterable(chain.from_iterable(rows for _, rows in work)))
+    return _statement(tuple(_MANY if count else 0 for count in shape)), [_json(sql, rows) for sql, rows in work]
+
+
+def _one_conversation(shape: Sequence[int]) -> bool:
+    _, made, _, added, *_ = shape
+    return made + added < 2
+
+
+def _complete(work: Sequence[Step], shape: Sequence[int]) -> bool:
+    """Whether each part that reads what another returns finds that one in the batch."""
+    _, made, by_owner, added, by_pk, totals, named = shape
+    if (by_owner and not made) or (by_pk and not added) or (named and not (made and totals)):
+        return False
+    return not named or {row[0] for row in work[-1][1]} <= {row[0] for row in work[-2][1]}
+
+
+def _json(sql: str, rows: Sequence[Sequence[Value]]) -> str:
+    columns = _PARTS[_PLACES[sql]].columns
+    try:
+        return orjson.dumps([dict(zip(columns, row, strict=True)) for row in rows]).decode()
+    except TypeError as error:  # orjson's words, which show no value: half a surrogate pair, a number too large
+        raise RowRejected(str(error)) from None
+
+
+def _type(column: str) -> str:
+    return "BIGINT" if column in _NUMBERS else "TEXT"
+
+
+@cache
+def _statement(shape: Sequence[int]) -> str:
+    sources: dict[str, str] = {}
+    place = 1
+    for part, count in zip(_PARTS, shape, strict=True):
+        if count:
+            sources[part.name] = part.source(count, place)
+            place += 1 if count == _MANY else count * len(part.columns)
+    ordered = _MANY in shape
+    parts = [*_usage(sources), *_conversations(sources, ordered), *_messages(sources), *_sessions(sources, ordered)]
+    return f"WITH {', '.join(parts)} {_reading(sources)}"
+
+
+def _usage(sources: Mapping[str, str]) -> list[str]:
+    if "usage" not in sources:
+        return []
+    columns = ", ".join(usage.COLUMNS)
+    return [f"usage AS (INSERT INTO usage_rows ({columns}) SELECT {columns} FROM {sources['usage']})"]
+
+
+def _conversations(sources: Mapping[str, str], ordered: bool) -> list[str]:
+    parts = []
+    if "made" in sources:
+        parts.append(f"""made AS (
+            INSERT INTO conversations AS c (pk, id, user_id, key_id, end_user, session_id, created_at, last_used,
+                message_count, total_tokens_input, total_tokens_output, total_cost_nanousd, title)
+            SELECT pk, id, user_id, key_id, end_user, session_id, at, at, messages, tokens_input, tokens_output,
+                cost_nanousd, title
+            FROM {sources["made"]}
+            ON CONFLICT (user_id, id) WHERE deleted_at IS NULL DO UPDATE SET
+                last_used = GREATEST(c.last_used, excluded.last_used),
+                message_count = c.message_count + excluded.message_count,
+                total_tokens_input = c.total_tokens_input + excluded.total_tokens_input,
+                total_tokens_output = c.total_tokens_output + excluded.total_tokens_output,
+                total_cost_nanousd = c.total_cost_nanousd + excluded.total_cost_nanousd
+            RETURNING c.pk, c.user_id, c.id, c.message_count)""")
+    if "added" in sources:
+        source = f"known AS MATERIALIZED (SELECT v.* FROM {sources['added']})"
+        held = """held_conversations AS (
+            SELECT v.* FROM known v, LATERAL (SELECT FROM conversations WHERE pk = v.pk FOR NO KEY UPDATE) AS held)"""
+        parts += [source, held] if ordered else []
+        parts.append(f"""added AS (
+            UPDATE conversations c SET message_count = c.message_count + v.messages,
+                total_tokens_input = c.total_tokens_input + v.tokens_input,
+                total_tokens_output = c.total_tokens_output + v.tokens_output,
+                total_cost_nanousd = c.total_cost_nanousd + v.cost_nanousd, last_used = GREATEST(c.last_used, v.at)
+            FROM {"held_conversations v" if ordered else sources["added"]}
+            WHERE c.pk = ANY (ARRAY[v.pk])
+            RETURNING c.pk, c.message_count)""")
+    return parts
+
+
+def _messages(sources: Mapping[str, str]) -> list[str]:
+    joins = {
+        "by_owner": "made c ON c.user_id = v.user_id AND c.id = v.conversation_id",
+        "by_pk": "added c ON c.pk = v.conversation_pk",
+    }
+    return [
+        f"""{name} AS (
+            INSERT INTO messages (id, conversation_pk, seq, role, content, extra, chain, tokens, cost_nanousd, model,
+                finish_reason, created_at)
+            SELECT v.id, c.pk, c.message_count - v.behind, v.role, v.content, v.extra, v.chain, v.tokens,
+                v.cost_nanousd, v.model, v.finish_reason, v.at
+            FROM {sources[name]} JOIN {joined})"""
+        for name, joined in joins.items()
+        if name in sources
+    ]
+
+
+def _sessions(sources: Mapping[str, str], ordered: bool) -> list[str]:
+    """`counted` holds the conversations that were made and not only found under their name."""
+    if "totals" not in sources:
+        return []
+    parts = []
+    if "named" in sources:
+        parts.append(f"""counted AS MATERIALIZED (
+            SELECT v.session_id, COUNT(*) AS made FROM {sources["named"]} JOIN made c ON c.pk = v.pk
+            GROUP BY v.session_id)""")
+    if ordered:
+        parts.append(f"""held_sessions AS (
+            SELECT v.* FROM {sources["totals"]},
+                LATERAL (SELECT FROM sessions WHERE id = v.id FOR NO KEY UPDATE) AS held)""")
+    made = " + COALESCE(n.made, 0)" if "named" in sources else ""
+    parts.append(f"""totals AS (
+            UPDATE sessions s SET conversation_count = s.conversation_count + v.conversations{made},
+                total_tokens = s.total_tokens + v.tokens, total_cost_nanousd = s.total_cost_nanousd + v.cost_nanousd,
+                last_activity = GREATEST(s.last_activity, v.at)
+            FROM {"held_sessions v" if ordered else sources["totals"]}
+            {"LEFT JOIN counted n ON n.session_id = v.id" if "named" in sources else ""}
+            WHERE s.id = ANY (ARRAY[v.id]))""")
+    return parts
+
+
+def _reading(sources: Mapping[str, str]) -> str:
+    """The last line: it runs those parts first that lock conversations."""
+    reads = [f"(SELECT COUNT(*) FROM {name})" for name in ("made", "added") if name in sources]
+    if len(reads) == 2:  # "more than one row returned by a subquery", if one conversation is made and known
+        reads.insert(1, "(SELECT 1 FROM made JOIN known USING (pk), (VALUES (1), (2)) AS twice)")
+    return f"SELECT {', '.join(reads) or '1'}"
