@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from gateway.backends.base import ChunkStream, PushingStream
+from gateway.backends.base import ChunkStream
 from gateway.call import Call, Job, Relay, Reply, backend_failed, cut_short
 from gateway.catalog import Route
 from gateway.errors import GatewayError, UpstreamError
@@ -159,8 +159,9 @@ class StreamExchange(Exchange):
         if self._broken_off:
             await self._end_early(UpstreamError("The call was broken off."))
         try:
-            if write is not None and self._editor.failure is None and isinstance(self._stream, PushingStream):
-                await self._stream.push(partial(self._pass_on, write), partial(self._pass_events, write))
+            push = getattr(self._stream, "push", None)
+            if write is not None and push is not None and self._editor.failure is None:
+                await push(partial(self._pass_on, write), self._events_passer(write))
             if self._editor.failure is not None:
                 raise _as_upstream_error(self._editor.failure)
             chunks = await self._stream.read()
@@ -182,13 +183,19 @@ class StreamExchange(Exchange):
             self._bound_drain()
         return (not leaving or write(leaving)) and self._editor.failure is None
 
-    def _pass_events(self, write: Callable[[bytes], bool], events: bytes) -> bool | None:
-        leaving = self._editor.pass_piece(events)
-        if leaving is None:
-            return None
-        if self.stopped is not None:
-            self._bound_drain()
-        return write(leaving)
+    def _events_passer(self, write: Callable[[bytes], bool]) -> Callable[[bytes], bool | None]:
+        """The shortest way of the usual chunk."""
+        pass_piece = self._editor.pass_piece
+
+        def pass_events(events: bytes) -> bool | None:
+            leaving = pass_piece(events)
+            if leaving is None:
+                return None
+            if self.stopped is not None:
+                self._bound_drain()
+            return write(leaving)
+
+        return pass_events
 
     def _feed(self, chunks: Sequence[Chunk]) -> bytes:
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from gateway.call import Reply
@@ -81,10 +81,20 @@ def when_gone(receive: Receive, gone: Callable[[], None]) -> Callable[[], object
     return offered(gone) if offered is not None else asyncio.create_task(_tell_when_gone(receive, gone)).cancel
 
 
-def way_out(scope: Scope) -> Callable[[bytes], bool] | None:
-    """Our own server takes pieces of a body without a task that sends: between the first and the last that `send`
-    takes, and until it says False."""
-    found: Callable[[bytes], bool] | None = scope.get("extensions", {}).get("gateway.pass_on")
+class WayOut(Protocol):
+    """Takes pieces of a body without a task that sends, between the first and the last that `send` takes."""
+
+    passed_at: float
+    """When a piece was passed on, by the loop's clock."""
+
+    def pass_on(self, data: bytes) -> bool:
+        """False: the client takes no more at the moment, so the next one is to be sent. True, and nothing done, once it
+        is gone."""
+
+
+def way_out(scope: Scope) -> WayOut | None:
+    """What our own server offers."""
+    found: WayOut | None = scope.get("extensions", {}).get("gateway.way_out")
     return found
 
 
@@ -98,7 +108,7 @@ class StreamResponse:
     """Call it with the scope's `receive` and `send`. Raises GatewayError while the status is still unsent.
 
     `headers` is asked when the status leaves; its `content-type` is the reply's. `first_chunk_wait` None: however long.
-    `pass_on`: what our own server offers beside `send`, see `way_out`.
+    `way_out`: what our own server offers beside `send`.
     """
 
     def __init__(
@@ -108,11 +118,11 @@ class StreamResponse:
         headers: Callable[[], Sequence[Header]],
         *,
         first_chunk_wait: float | None,
-        pass_on: Callable[[bytes], bool] | None = None,
+        way_out: WayOut | None = None,
         ping_seconds: float = PING_SECONDS,
     ) -> None:
         self._exchange = exchange
-        self._to_socket = pass_on
+        self._way_out = way_out
         self._drain = drain
         self._headers = headers
         self._first_chunk_wait = first_chunk_wait
@@ -134,7 +144,7 @@ class StreamResponse:
         forget = when_gone(receive, self._client_left)
         try:
             with self._drain.entered(self._interrupt):
-                await self._loop.create_task(self._run())  # each chunk then wakes this alone, not all who called us
+                await self._run()
         finally:
             self._done = True
             forget()
@@ -145,7 +155,7 @@ class StreamResponse:
         try:
             data = await self._open()
             await self._start()
-            write = self._pass_on if self._to_socket is not None else None
+            write = self._way_out.pass_on if self._way_out is not None else None
             while True:
                 if data or self._exchange.ended:
                     await self._write(data, last=self._exchange.ended and self._cut is None)
@@ -196,14 +206,6 @@ class StreamResponse:
             self._writing = False
         self._last_sent = self._loop.time()
 
-    def _pass_on(self, data: bytes) -> bool:
-        if self._gone:
-            return True
-        if self._cut is not None or self._to_socket is None:
-            return False
-        self._last_sent = self._loop.time()
-        return self._to_socket(data)
-
     async def _fail(self, failure: GatewayError) -> None:
         """One error event, if it is a stream of events; then the reply is left open, so that the server closes it
         without the last HTTP chunk."""
@@ -232,7 +234,8 @@ class StreamResponse:
                 return failure
 
     def _ping_if_silent(self) -> None:
-        silent = self._loop.time() - self._last_sent
+        last_sent = max(self._last_sent, self._way_out.passed_at) if self._way_out is not None else self._last_sent
+        silent = self._loop.time() - last_sent
         if silent >= self._ping_seconds and not self._writing and (self._ping is None or self._ping.done()):
             self._ping = asyncio.ensure_future(self._send_ping())
             silent = 0

@@ -4,7 +4,7 @@ Rules of the answer:
 
 * What is sent, the head too, leaves once the loop has run what is ready: together with what follows it, and behind the
   answers to others (`outbox`). Before it is taken, `send` waits while the peer has not taken what was written earlier.
-* `pass_on`, offered as the scope's extension `gateway.pass_on`, takes pieces of a body without a task that sends.
+* `pass_on`, offered by the scope's extension `gateway.way_out`, takes pieces of a body without a task that sends.
 * An application that returns before the end of its answer means it: what it wrote is sent, the closing chunk is not.
 * A body of the request that nobody waited for ends the connection.
 
@@ -88,6 +88,7 @@ class GatewayCycle:
         self.disconnected = False
         self.response_started = False
         self.response_complete = False
+        self.passed_at = 0.0
         self._loop = loop
         self._default_headers = default_headers
         self._on_response = on_response
@@ -101,7 +102,7 @@ class GatewayCycle:
         self._left: int | None = 0  # bytes that the answer's body still has to have; None: as many as come
 
     async def run_asgi(self, app: ASGI3Application) -> None:
-        self.scope["extensions"] = {"gateway.pass_on": self.pass_on}  # type: ignore[dict-item]  # no settings, a method
+        self.scope["extensions"] = {"gateway.way_out": self}  # type: ignore[dict-item]  # no settings, an object
         try:
             await app(self.scope, Receiver(self), self.send)
         except asyncio.CancelledError:  # the drain is over; nobody waits for this task, so it may end quietly
@@ -222,6 +223,7 @@ class GatewayCycle:
             return True
         if not self.response_started or self.response_complete:
             raise RuntimeError("A piece of a body was passed on before or after its answer.")
+        self.passed_at = self._loop.time()
         if self._chunked and data:
             self.transport.write_soon(b"%x\r\n%b\r\n" % (len(data), data))
         else:

@@ -148,7 +148,7 @@ class TestWrites:
 
     async def test_pieces_passed_on_keep_their_place_between_those_that_are_sent(self) -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            pass_on = scope["extensions"]["gateway.pass_on"]
+            pass_on = scope["extensions"]["gateway.way_out"].pass_on
             await send(start())
             await send(body(b"1", more=True))
             assert pass_on(b"2")
@@ -170,7 +170,7 @@ class TestWrites:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             nonlocal passed
             await send(start())
-            while scope["extensions"]["gateway.pass_on"](b"x" * 65536):
+            while scope["extensions"]["gateway.way_out"].pass_on(b"x" * 65536):
                 passed += 65536
                 await asyncio.sleep(0)
             told.set()
@@ -186,7 +186,7 @@ class TestWrites:
         raised: list[str] = []
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            pass_on = scope["extensions"]["gateway.pass_on"]
+            pass_on = scope["extensions"]["gateway.way_out"].pass_on
             for _ in range(2):
                 try:
                     pass_on(b"x")

@@ -69,7 +69,7 @@ class ChatCompletions:
             found.drain,
             lambda: _stream_headers(exchange),
             first_chunk_wait=found.settings.server.first_chunk_wait,
-            pass_on=way_out(scope),
+            way_out=way_out(scope),
         )
         await response(receive, send)
 

@@ -40,9 +40,8 @@ class ChunkStream(Protocol):
         """
 
 
-@runtime_checkable
-class PushingStream(Protocol):
-    """A ChunkStream that can also hand over its chunks while the socket is being read."""
+class PushingStream(ChunkStream, Protocol):
+    """One that can also hand over its chunks while the socket is being read."""
 
     async def push(self, take: Callable[[Sequence[Chunk]], bool], take_events: Callable[[bytes], bool | None]) -> None:
         """Returns when one of them says False and raises what they raise, or UpstreamError; the rest, the end too, is

@@ -20,6 +20,8 @@ from gateway.errors import UpstreamError, UpstreamTimeout
 HIGH_WATER = 1 << 16
 MAX_HEAD = 1 << 16
 MAX_HEADERS = 256
+_CHUNK_SIZE = b"%x\r\n"
+_CHUNK = b"%x\r\n%b\r\n"
 
 
 class Line(Protocol):
@@ -49,9 +51,9 @@ class Reply:
     """A `Response`, once `head` has returned. One task reads it; any may close it."""
 
     __slots__ = (
-        "_bodiless", "_complete", "_end", "_failure", "_headed", "_idle", "_junk", "_keep", "_left", "_line", "_loop",
-        "_parser", "_paused", "_pieces", "_raw", "_silent", "_size", "_take", "_take_failed", "_until_close", "_waiter",
-        "headers", "status",
+        "_between_chunks", "_bodiless", "_complete", "_end", "_failure", "_headed", "_idle", "_junk", "_keep", "_left",
+        "_line", "_loop", "_parser", "_paused", "_pieces", "_raw", "_silent", "_silent_until", "_size", "_take",
+        "_take_failed", "_until_close", "_waiter", "headers", "status",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +74,8 @@ class Reply:
         self._pieces: list[bytes] = []
         self._size = 0
         self._silent = 0
+        self._silent_until = math.inf
+        self._between_chunks = False
         self._headed = self._complete = self._junk = self._keep = self._paused = self._until_close = False
         self._failure: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -151,7 +155,8 @@ class Reply:
         if self._waiter is not None:
             raise RuntimeError("a reply is read by one task at a time")
         waiter = self._waiter = self._loop.create_future()
-        line.due(min(self._loop.time() + seconds, self._end))
+        self._silent_until = self._loop.time() + seconds
+        line.due(min(self._silent_until, self._end))
         try:
             await waiter
         finally:
@@ -164,6 +169,18 @@ class Reply:
     # --- what the connection tells
 
     def feed(self, data: bytes) -> None:
+        if self._between_chunks and self._take is not None:
+            start = data.find(b"\r\n") + 2
+            if (
+                start < len(data) - 2
+                and data.endswith(b"\r\n")
+                and data[:start] == _CHUNK_SIZE % (len(data) - start - 2)
+            ):
+                self._hand_over(self._take, data[start:-2])
+                return
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         assert self._parser is not None
         self._silent += len(data)
         try:
@@ -174,7 +191,9 @@ class Reply:
                 return
             self._junk = True
         if self._take is not None and self._pieces:
-            self._hand_over(self._take)
+            piece = self._come()
+            self._between_chunks = data == _CHUNK % (len(piece), piece)
+            self._hand_over(self._take, piece)
         if self._complete:
             self._over(self._keep and not self._junk)
         elif self._silent > MAX_HEAD:
@@ -183,17 +202,15 @@ class Reply:
             self._paused = True
             self._line.pause()
 
-    def _hand_over(self, take: Callable[[bytes], bool]) -> None:
+    def _hand_over(self, take: Callable[[bytes], bool], piece: bytes) -> None:
+        self._silent_until = self._loop.time() + self._idle
         try:
-            goes_on = take(self._come())
+            goes_on = take(piece)
         except Exception as failure:
             goes_on, self._take_failed = False, failure
         if not goes_on:
             self._take = None
             self._wake()
-        elif self._line is not None:
-            at = self._loop.time() + self._idle
-            self._line.due(at if at < self._end else self._end)
 
     def lost(self, cause: Exception | None) -> None:
         """The connection has ended. A reply without a length of its own ends with it."""
@@ -210,6 +227,8 @@ class Reply:
         if now >= self._end:
             self._fail_late("the reply took longer than its limit in total")
         elif self._waiter is not None and not self._waiter.done():
+            if now < self._silent_until:  # something has come since
+                return min(self._silent_until, self._end)
             self._fail_late(f"silence for {self._idle} s within the reply" if self._headed else "no reply in time")
         return self._end
 
