@@ -23,7 +23,7 @@ from tests_standalone.backends.raw_upstream import Peer, RawUpstream, Script, ra
 from tests_standalone.support.gateway import GatewayProcess, free_port
 from tests_standalone.system.http import Answer, call, chat
 
-MODELS = 200
+MODELS = 1000
 FIRST = 10**9
 """A weight beside which a weight of 1 is never drawn."""
 PRICE = {"input": 2.0, "output": 8.0}
