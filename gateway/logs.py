@@ -175,7 +175,7 @@ class GatheringHandler(logging.StreamHandler[TextIO]):
         try:
             waiting = self._waiting[:]
             del self._waiting[: len(waiting)]  # without a lock others append
-            for text in _in_one_write(line if isinstance(line, str) else line() for line in waiting):
+            for text in _in_one_write(map(_made, waiting)):
                 self.stream.write(text)
             super().flush()
         finally:
@@ -223,6 +223,16 @@ def configure(kind: Format, level: str) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # its reconnecting: our own lines say what is down
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
+
+
+def _made(line: str | Callable[[], str]) -> str:
+    """A line that cannot be made must not cost the others theirs."""
+    if isinstance(line, str):
+        return line
+    try:
+        return line()
+    except Exception as failure:
+        return dumps({"level": "error", "message": f"a line that cannot be made: {type(failure).__name__}"}).decode()
 
 
 def _in_one_write(lines: Iterable[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Container
 from functools import partial
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from gateway.metrics_numbers import Cells
     from gateway.store.database import Database
     from gateway.store.usage import UsageRow
+
+log = logging.getLogger("gateway")
 
 __all__ = ["Metrics", "prepare", "public_names"]
 
@@ -93,7 +96,13 @@ class Metrics:
 
     def __init__(self, is_public: Callable[[str], bool], version: str) -> None:
         self._folder = os.environ.get(FOLDER)
-        self._totals, self._gauges = take_place(self._folder) if self._folder else (Rows(), Rows())
+        self._totals, self._gauges = Rows(), Rows()
+        if self._folder:
+            try:
+                self._totals, self._gauges = take_place(self._folder)
+            except OSError as failure:  # no reason for a worker not to start
+                log.warning("this worker's metrics are told by nobody else: %s: %s", self._folder, failure.strerror)
+                self._folder = None
         self._is_public = is_public
         self._models: set[str] = set()
         self._by_request: dict[tuple[str, str, int], tuple[Cells, Histogram]] = {}

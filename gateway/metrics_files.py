@@ -43,6 +43,9 @@ def prepare(workers: int) -> None:
             os.environ[FOLDER] = _make_folder(_MEMORY if in_memory else tempfile.gettempdir())
         else:
             os.environ.pop(FOLDER, None)
+        if os.environ.get(FOLDER):
+            with tempfile.TemporaryFile(dir=os.environ[FOLDER]):
+                pass
     except OSError as failure:
         raise ConfigError(
             [f"{FOLDER}: the workers need a folder for their metrics, and none can be made ({failure.strerror})"]

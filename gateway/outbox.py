@@ -7,14 +7,17 @@ reader goes to sleep again; between two that follow each other it does not.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class Holder(Protocol):
     """Who holds bytes back."""
 
     def flush(self) -> None:
-        """Writes them. Does not raise."""
+        """Writes them, if they can still be written."""
 
 
 class Outbox:
@@ -32,4 +35,7 @@ class Outbox:
     def _flush(self) -> None:
         holders, self._holders = self._holders, []
         for holder in holders:
-            holder.flush()
+            try:
+                holder.flush()
+            except Exception:  # one connection must not silence the others
+                logger.exception("A write failed in a way that nobody foresaw")

@@ -66,6 +66,8 @@ class Outlet:
         held = self._held
         if held:
             size, self._held, self._size = self._size, [], 0
+            if self.is_closing():  # reset by the peer in this turn of the loop, or broken off by us
+                return
             if len(held) > 1 and size > _MOST_HELD:
                 self._transport.writelines(held)
             else:
@@ -78,6 +80,7 @@ class Outlet:
     def let_go(self) -> None:
         """The connection is lost. Without this, it and its last request would wait for the collector of cycles."""
         self._leave = _nothing
+        self._held, self._size = [], 0
 
 
 def _nothing() -> None:

@@ -411,6 +411,18 @@ async def test_a_warning_leaves_at_once_and_takes_along_what_waits() -> None:
     assert [words(text) for text in stream.all] == [["first", "second"]]
 
 
+async def test_a_line_that_cannot_be_made_costs_no_other() -> None:
+    logger, writes = gathering()
+    handler = logger.handlers[0]
+    assert isinstance(handler, GatheringHandler)
+    for line in (lambda: "one", lambda: str(1 // 0), lambda: "three"):
+        handler.put(line)
+    handler.flush()
+    first, error, last = writes.getvalue().splitlines()
+    assert (first, last) == ("one", "three")
+    assert "ZeroDivisionError" in error
+
+
 async def test_no_write_is_larger_than_what_the_kernel_takes_as_one() -> None:
     log, stream = gathering()
     for number in range(200):

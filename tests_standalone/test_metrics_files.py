@@ -103,6 +103,22 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_in_the_configuration(
         prepare(2)
 
 
+def test_nor_may_it_be_one_that_takes_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, "/proc/self")
+    with pytest.raises(ConfigError, match=FOLDER):
+        prepare(2)
+
+
+async def test_a_worker_whose_folder_takes_no_file_counts_for_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(FOLDER, "/proc/self")
+    metrics = Metrics(lambda name: True, "1")
+    metrics.request_ended("/v1/models", "GET", 200, 0.1)
+    assert b'gateway_requests_total{method="GET",route="/v1/models",status="200"} 1.0' in (await metrics.render())[0]
+    assert "/proc/self" in caplog.text
+
+
 def test_the_library_waits_until_it_is_needed() -> None:
     source = """
 import asyncio, sys, gateway.cli

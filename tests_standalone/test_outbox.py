@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+import pytest
+
 from gateway.outbox import Outbox
 
 
@@ -42,3 +44,18 @@ async def test_who_is_added_by_a_flush_is_flushed_next_time() -> None:
     assert flushed == ["a"]
     await asyncio.sleep(0)
     assert flushed == ["a", "b"]
+
+
+class Broken:
+    def flush(self) -> None:
+        raise RuntimeError("the socket is gone")
+
+
+async def test_one_that_fails_does_not_keep_the_others_back(caplog: pytest.LogCaptureFixture) -> None:
+    flushed: list[str] = []
+    outbox = Outbox(asyncio.get_running_loop())
+    outbox.add(Broken())
+    outbox.add(Holder("b", flushed))
+    await asyncio.sleep(0)
+    assert flushed == ["b"]
+    assert "the socket is gone" in caplog.text

@@ -20,6 +20,7 @@ from typing import Protocol, cast
 from gateway.backends.client_reply import Reply
 from gateway.backends.client_upload import Upload
 from gateway.backends.transport import Timeouts
+from gateway.errors import UpstreamUnreachable
 from gateway.outbox import Outbox
 
 WRITE_PIECE = 1 << 18
@@ -88,8 +89,8 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Sends the request that waits to be sent with others."""
-        request, self._request = self._request, None
-        if request is not None:
+        if self._request is not None and not self.transport.is_closing():
+            request, self._request = self._request, None
             self.transport.write(request)
 
     def ready(self) -> bool:
@@ -231,7 +232,11 @@ class Connection(asyncio.Protocol):
 
     def _lose(self, cause: Exception | None) -> None:
         reply = self._reply
-        if reply is not None:
+        if reply is not None and self._request is not None:
+            reply.fail(
+                UpstreamUnreachable("The upstream could not be reached.", log="it hung up before the request left")
+            )
+        elif reply is not None:
             reply.lost(cause)
         self.drop()
 

@@ -50,7 +50,7 @@ class PostgresDatabase:
     WRITE_TIMEOUT = 5.0
     LONGEST_COMMAND = 60.0  # the deadline of the whole call ends it sooner
     MIGRATION_TIMEOUT = 3600.0
-    CLOSE_TIMEOUT = 10.0
+    CLOSE_TIMEOUT = 2.0  # the worker's end has five seconds for all that it closes
     ATTEMPTS = 5
 
     # What we gave up must not live on in the server: a statement, or the transaction of a worker that stands still.
@@ -106,25 +106,29 @@ class PostgresDatabase:
         work = [step for step in steps if step[1]]
         if not work:
             return
-        alone = postgres_turns.as_one(work)
-        deadline = self._deadline(max(timeout or 0, self.WRITE_TIMEOUT))
-        for attempt in range(1, self.ATTEMPTS + 1):
+        seconds = max(timeout or 0, self.WRITE_TIMEOUT)
+        deadline = self._deadline(seconds)
+        # What is given more time is large, and quicker step by step.
+        alone = postgres_turns.as_one(work) if seconds < self.WRITE_TIMEOUT + 1 else None
+        conflicts = 0
+        while True:
             try:
                 if alone is not None:
                     await self._run_alone(*alone, deadline)
                 else:
                     async with self._connection(asyncio.timeout_at(deadline)) as connection:
                         with _mapped(connection):
-                            await _run(connection, work)
+                            await _run(connection, work, seconds if seconds > self.WRITE_TIMEOUT else None)
                 return
             except Conflict:
-                if attempt == self.ATTEMPTS:
+                conflicts += 1
+                if conflicts == self.ATTEMPTS:
                     raise
+                await asyncio.sleep(random.uniform(0, 0.02 * conflicts))
             except asyncpg.CardinalityViolationError:
                 if alone is None:
                     raise
                 alone = None
-            await asyncio.sleep(random.uniform(0, 0.02 * attempt))
 
     def _deadline(self, seconds: float) -> float:
         return self._opened().loop.time() + seconds
@@ -230,11 +234,14 @@ class _Transaction:
             raise
 
 
-async def _run(connection: Connection, work: Sequence[Step]) -> None:
-    """One transaction with as few round trips as asyncpg allows: a single statement needs no BEGIN and COMMIT."""
-    alone = len(work) == 1
+async def _run(connection: Connection, work: Sequence[Step], seconds: float | None) -> None:
+    """One transaction with as few round trips as asyncpg allows: a single statement needs no BEGIN and COMMIT.
+
+    `seconds`: what each statement may take, if it is more than the connection allows."""
+    alone = len(work) == 1 and seconds is None
     if not alone:
-        await connection.execute("BEGIN")
+        limit = "" if seconds is None else f"; SET LOCAL statement_timeout = {int(seconds * 1000)}"
+        await connection.execute(f"BEGIN{limit}")
     for sql, rows in work:
         if len(rows) == 1:
             await connection.execute(sql, *rows[0])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
 IDLE_SECONDS = 300.0
-"""So long a connection may lie unused, unless it is the last: firewalls forget one without a word."""
+"""So long a connection may lie and be used again: firewalls forget one without a word. The last one lies on."""
 
 
 class Pool:
@@ -53,8 +53,8 @@ class Pool:
     def take_idle(self) -> Connection | None:
         """A free connection, if there is one: what `take` gives without waiting."""
         while self._idle:
-            connection, _ = self._idle.pop()
-            if not connection.is_closed():
+            connection, since = self._idle.pop()
+            if not connection.is_closed() and since > self.loop.time() - IDLE_SECONDS:
                 return connection
             self.drop(connection)
         return None

@@ -187,6 +187,17 @@ async def test_those_not_needed_are_closed_but_for_one(line: Line, monkeypatch: 
     await pool.close()
 
 
+async def test_the_last_one_is_not_used_again_after_so_long(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(line.connect, 3)
+    old = await pool.take()
+    pool.give(old)
+    monkeypatch.setattr(postgres_pool, "IDLE_SECONDS", 0.0)
+    fresh = await pool.take()
+    assert (old.is_closed(), fresh.is_closed()) == (True, False)
+    pool.give(fresh)
+    await pool.close()
+
+
 async def test_closing_waits_for_who_is_at_work_and_lets_nobody_in(line: Line) -> None:
     pool = Pool(line.connect, 2)
     free, busy = await pool.take(), await pool.take()

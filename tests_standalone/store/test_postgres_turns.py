@@ -17,6 +17,7 @@ from gateway.store.connect import database_at
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
 from gateway.store.migrate import migrate
+from gateway.store.postgres import PostgresDatabase
 from gateway.store.postgres_turns import as_one
 from gateway.store.sessions import SessionTotals
 from gateway.store.usage import UsageRow
@@ -201,6 +202,27 @@ async def test_a_conversation_that_is_made_and_known_in_one_batch(database: Data
         (3, 9)
     ]
     assert await rows(database, "SELECT conversation_count, total_tokens FROM sessions WHERE id = 's_ann'") == [(2, 8)]
+
+
+async def test_that_batch_is_written_after_the_most_conflicts_too(
+    database: PostgresDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a second run as plain steps, which must not count as a conflict: nothing would be written, or said."""
+    monkeypatch.setattr(PostgresDatabase, "ATTEMPTS", 1)
+    first = talk("chat", "a")
+    await save(database, first)
+    await save(database, later(first, "b"), talk("chat", "c"), later(first, "d"))
+    assert sorted(text for _, text in await said(database)) == ["a", "b", "c", "d"]
+
+
+async def test_what_may_take_long_goes_step_by_step_and_has_that_time(database: PostgresDatabase) -> None:
+    slow = ("SELECT set_config('gateway.limit', current_setting('statement_timeout'), false), $1::bigint", [(1,)])
+    await database.write([slow, *(step for step in steps(talk("long", "a")) if step[1])], timeout=90)
+    assert await rows(database, "SELECT current_setting('gateway.limit')") == [("90s",)]
+    await database.write([step for step in steps(talk("large", "b")) if step[1]], timeout=90)
+    prepared = [row[0] for row in await rows(database, "SELECT statement FROM pg_prepared_statements")]
+    assert not [sql for sql in prepared if sql.startswith("WITH usage AS")]
+    assert await said(database, "large") == [(1, "b")]
 
 
 async def test_a_known_conversation_that_is_gone_takes_nothing(database: Database) -> None:
