@@ -32,7 +32,8 @@ class Assembler:
             if not isinstance(choice, dict):
                 continue
             index = choice.get("index")
-            index = index if isinstance(index, int) else 0
+            if not isinstance(index, int):
+                index = 0
             delta = choice.get("delta")
             if isinstance(delta, dict):
                 self._merge(index, delta)
@@ -43,12 +44,16 @@ class Assembler:
                 self.finish_reasons[index] = reason
 
     def _merge(self, index: int, delta: dict[str, Any]) -> None:
-        rest = self._rest.setdefault(index, {})
+        rest = self._rest.get(index)
+        if rest is None:
+            rest = self._rest[index] = {}
         for key, value in delta.items():
+            if value is None or key == "role":
+                continue
             if key == "content" and isinstance(value, str):
                 self._text.setdefault(index, []).append(value)
                 self.characters += len(value)
-            elif key != "role":
+            else:
                 self.characters += _merge_into(rest, key, value)
 
     def pieces(self, index: int, key: str) -> list[str]:
@@ -67,7 +72,10 @@ class Assembler:
         parts = self._text.get(index)
         text = None if parts is None else "".join(parts)
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        message.update(self._rest.get(index, {}))
+        rest = self._rest.get(index)
+        if not rest and (text is None or text.isascii()):
+            return message
+        message.update(rest or {})
         if text and isinstance(message["content"], list):  # Mistral: thinking as parts, then the answer as strings
             message["content"] = [*message["content"], {"type": "text", "text": text}]
         calls = message.get("tool_calls")
@@ -147,7 +155,7 @@ def _finished(value: Any) -> Any:
     if isinstance(value, _Text):
         value = "".join(value)
     if isinstance(value, str):
-        if _SURROGATE.search(value) is None:
+        if value.isascii() or _SURROGATE.search(value) is None:
             return value
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     if isinstance(value, dict):

@@ -273,6 +273,8 @@ class Usage:
                 outside = {"image_tokens": completion}  # gpt-image-1, which makes nothing but pictures
         if prompt is None or completion is None:
             return None
+        if not (_tells(inside) or _tells(outside) or "prompt_cache_hit_tokens" in data):
+            return cls(prompt, completion)
         cached = _part(inside, "cached_tokens", prompt) or _part(data, "prompt_cache_hit_tokens", prompt)
         written = _part(inside, "cache_write_tokens", prompt - cached)
         heard = _part(inside, "audio_tokens", prompt - cached - written)
@@ -296,6 +298,10 @@ def _count(value: object) -> int | None:
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
+
+
+def _tells(details: object) -> bool:
+    return isinstance(details, dict) and any(details.values())
 
 
 def _part(details: object, key: str, most: int) -> int:

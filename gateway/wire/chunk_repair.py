@@ -20,6 +20,8 @@ from gateway.wire.jsontext import loads
 from gateway.wire.operation import CHAT
 from gateway.wire.repair import Json, is_count, same
 
+_TOLD = {"id": str, "created": int, "model": str}
+"""What an upstream names its stream by."""
 _PLAIN_CHOICE = frozenset({"index", "delta", "text", "finish_reason", "logprobs"})
 
 
@@ -58,8 +60,9 @@ class ChunkRepair:
 
     def __init__(self, operation: str = CHAT, *, model: str = "", at: int = 0) -> None:
         self._chat = operation == CHAT
-        self._name = repair.new_name(operation, model, at, stream=True)
-        self._unnamed = {"id", "created", "model"}
+        self._about = (operation, model, at)
+        self._own_name: Json | None = None
+        self._told_name: Json = {}
         self._choices: dict[int, _Choice] = {}
 
     @property
@@ -67,17 +70,23 @@ class ChunkRepair:
         """`id`, `object`, `created` and `model`, as far as they are known, for a chunk of our own."""
         return {key: value for key, value in self._name.items() if value}
 
+    @property
+    def _name(self) -> Json:
+        if self._own_name is None:
+            self._own_name = repair.new_name(*self._about, stream=True)
+        return {**self._own_name, **self._told_name}
+
     def named(self, data: Json) -> Json:
         """The chunk with its name and a `service_tier` of OpenAI's; the same object if it has them."""
-        tier, name = repair.tier(data), self._name
-        if not tier and not self._unnamed and not repair.unnamed(data):
+        if repair.is_named(data):
+            if len(self._told_name) < len(_TOLD):
+                self._told_name = {key: data[key] for key in _TOLD} | self._told_name
             return data
-        missing = repair.missing_name(data, name) | tier
-        for key in tuple(self._unnamed):
+        missing = repair.missing_name(data, self._name) | repair.tier(data)
+        for key, kind in _TOLD.items():
             told = missing.get(key, data.get(key))
-            if told and type(told) is type(name[key]):
-                name[key] = told
-                self._unnamed.discard(key)
+            if told and type(told) is kind:
+                self._told_name.setdefault(key, told)
         return {**data, **missing} if missing else data
 
     def chunk(self, data: Json) -> Json | None:
@@ -86,6 +95,9 @@ class ChunkRepair:
         Raises StreamedError if the upstream says that it gave up.
         """
         told: list[Any] = data["choices"]
+        if len(told) == 1 and self._takes_as_it_is(told[0]):
+            named = len(self._told_name) == len(_TOLD) and repair.is_named(data)
+            return data if named else self.named(data)
         choices: list[Json] = []
         for place, choice in enumerate(told):
             right = self._choice(place, choice) if isinstance(choice, dict) else None
@@ -118,6 +130,26 @@ class ChunkRepair:
         return {"delta": {}} if self._chat else {"text": ""}
 
     # --- choices
+
+    def _takes_as_it_is(self, choice: object) -> bool:
+        """Text or its end, with nothing to put right, is noted and needs no closer look. False: nothing was done."""
+        if type(choice) is not dict or type(delta := choice.get("delta")) is not dict or not self._chat:
+            return False
+        index, said = choice.get("index"), choice.get("finish_reason")
+        if type(index) is not int or index < 0 or "tool_calls" in delta or delta.get("reasoning"):
+            return False
+        state = self._choices.get(index)
+        if delta.get("role") != ("assistant" if state is None else None):
+            return False
+        if said is not None and (type(said) is not str or said not in repair.REASONS):
+            return False
+        if state is None:
+            self._choices[index] = _Choice(begun=True, finished=said is not None)
+        elif said is not None:
+            if state.finished or state.calls:
+                return False
+            state.finished = True
+        return True
 
     def _choice(self, place: int, choice: Json) -> Json | None:
         changes: Json = {}

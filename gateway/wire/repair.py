@@ -21,9 +21,9 @@ from gateway.wire.operation import CHAT, COMPLETIONS
 
 Json = dict[str, Any]
 
-_REASONS = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
+REASONS = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
 _FOREIGN_REASONS = {
-    **{reason: reason for reason in _REASONS},
+    **{reason: reason for reason in REASONS},
     **dict.fromkeys(("max_tokens", "max_length", "max_output_tokens", "model_length", "token_limit"), "length"),
     **dict.fromkeys(("context_length", "context_length_exceeded", "model_context_window_exceeded"), "length"),
     **dict.fromkeys(("tool_call", "tool_use", "tool_uses"), "tool_calls"),
@@ -69,14 +69,8 @@ def _is_right(data: Mapping[str, Any]) -> bool:
     choices = data.get("choices")
     if type(choices) is not list or not all(map(_is_right_choice, choices)):
         return False
-    for key in ("id", "object", "model"):
-        if type(told := data.get(key)) is not str or not told:
-            return False
-    told = data.get("service_tier")
-    if told is not None and (type(told) is not str or told not in _TIERS):
-        return False
-    created, counts = data.get("created"), data.get("usage")
-    return type(created) is int and created > 0 and type(counts) is dict and _is_right_usage(counts)
+    counts = data.get("usage")
+    return is_named(data) and type(counts) is dict and _is_right_usage(counts)
 
 
 def _is_right_choice(choice: object) -> bool:
@@ -87,7 +81,7 @@ def _is_right_choice(choice: object) -> bool:
         type(index) is int
         and index >= 0
         and type(reason) is str
-        and reason in _REASONS
+        and reason in REASONS
         and message.get("role") == "assistant"
         and "content" in message
         and "tool_calls" not in message
@@ -96,8 +90,9 @@ def _is_right_choice(choice: object) -> bool:
 
 
 def _is_right_usage(told: Json) -> bool:
-    if not (_is_token_count(told.get("prompt_tokens")) and _is_token_count(told.get("completion_tokens"))):
-        return False
+    for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        if type(count := told.get(key)) is not int or count < 0 or (count > MOST_TOKENS and key != "total_tokens"):
+            return False
     for key, value in told.items():
         kind = type(value)
         if kind is dict:
@@ -105,11 +100,7 @@ def _is_right_usage(told: Json) -> bool:
                 return False
         elif kind is not int or key.endswith("_details"):
             return False
-    return is_count(told.get("total_tokens"))
-
-
-def _is_token_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MOST_TOKENS
+    return True
 
 
 def _is_text(data: Mapping[str, Any], choices: list[Any]) -> bool:
@@ -199,7 +190,7 @@ def finish_reason(said: object, choice: Mapping[str, Any], *, calls: bool) -> st
     """OpenAI's word for it; None if nothing is said. Raises StreamedError if the upstream gave up."""
     if not isinstance(said, str) or not said:
         return None
-    if said not in _REASONS:
+    if said not in REASONS:
         word = said.strip().lower().replace("-", "_")
         if word in _GAVE_UP:
             raise StreamedError(_gave_up(word, choice.get("error")))
@@ -250,6 +241,18 @@ def new_name(operation: str, model: str, at: int, *, stream: bool = False) -> Js
     return {"id": f"{_PREFIXES[operation]}-{secrets.token_hex(12)}", "object": kind, "created": at, "model": model}
 
 
+def is_named(data: Mapping[str, Any]) -> bool:
+    """Is nothing `unnamed`, and is its `service_tier` one of OpenAI's? Told in no time."""
+    for key in ("id", "object", "model"):
+        if type(told := data.get(key)) is not str or not told:
+            return False
+    told = data.get("service_tier")
+    if told is not None and (type(told) is not str or told not in _TIERS):
+        return False
+    created = data.get("created")
+    return type(created) is int and created > 0
+
+
 def unnamed(data: Mapping[str, Any]) -> list[str]:
     """Which of `id`, `object`, `model` and `created` are missing, or are no name."""
     found = [key for key in ("id", "object", "model") if not (isinstance(data.get(key), str) and data[key])]
@@ -280,6 +283,8 @@ def usage(told: object) -> Json | None:
     """
     if not isinstance(told, dict):
         return None
+    if _is_right_usage(told):
+        return told
     changes: Json = {}
     gone: set[str] = set()
     for key, value in told.items():

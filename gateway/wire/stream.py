@@ -21,12 +21,13 @@ from gateway.wire.assemble import Assembler
 from gateway.wire.chat import Chunk, Usage
 from gateway.wire.chunk_repair import ChunkRepair
 from gateway.wire.failures import StreamedError, error_in
-from gateway.wire.jsontext import dumps
+from gateway.wire.jsontext import dumps, loads
 from gateway.wire.operation import CHAT
-from gateway.wire.template import MARK, Probe, Template
+from gateway.wire.template import MARK, Probe, Template, around_text
 
 __all__ = ["ChatStream", "StreamedError"]
 
+_USAGE = b'"usage"'
 _USAGE_KEY = re.compile(rb'(?<!\\)"usage"\s*:')
 _USUAL_USAGE = b',"usage":null'
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|(?<!\\)"usage"\s*:\s*null\s*,\s*')
@@ -102,16 +103,18 @@ class ChatStream:
         return leaving
 
     def _one(self, chunk: Chunk, leaving: list[bytes]) -> None:
-        self._forget()
+        if self._template is not None:
+            self._forget()
         try:
             data = chunk.data
         except ValueError as failure:
             raise WireError(f"a chunk is not valid JSON: {failure}") from None
-        error = error_in(data)
-        if error is not None:
-            raise StreamedError(error)
-        self._note(data)
         choices = data.get("choices")
+        if not choices or "error" in data or data.get("object") == "error":
+            error = error_in(data)
+            if error is not None:
+                raise StreamedError(error)
+        self._note(data)
         if not isinstance(choices, list) or not choices:
             self._hold_usage_chunk(chunk)
             return
@@ -119,17 +122,20 @@ class ChatStream:
         if right is None:
             return
         self.answer.add(right["choices"])
-        self._pass(chunk if right is data else Chunk(data=right), leaving)
-        if self._begun and self._held is None and self._probes < _MOST_PROBES:
-            self._learn(chunk)
+        ended = self._pass(chunk if right is data else Chunk(data=right), leaving)
+        if self._begun and not ended and self._held is None and self._probes < _MOST_PROBES:
+            self._learn(chunk, usual=right is data)
         self._begun = True  # the first one tells the role: no other is like it
 
     def _note(self, data: Mapping[str, Any]) -> None:
         """Usage: the last that was told, unless it is less than what was told before."""
-        if isinstance(data.get("service_tier"), str):
-            self.service_tier = data["service_tier"]
+        tier = data.get("service_tier")
+        if isinstance(tier, str):
+            self.service_tier = tier
         if "timings" in data:
             self.timings = data["timings"]
+        if data.get("usage") is None and "x_groq" not in data:
+            return
         usage = repair.usage(repair.told_usage(data))
         told = Usage.read(usage) if usage is not None else None
         if told is None:
@@ -146,19 +152,23 @@ class ChatStream:
                 right = {**right, "choices": []}
             self._held = chunk if right is chunk.data else Chunk(data=right)
 
-    def _pass(self, chunk: Chunk, leaving: list[bytes]) -> None:
+    def _pass(self, chunk: Chunk, leaving: list[bytes]) -> bool:
         """What comes behind the end of a choice (a filter's verdict, more text from an upstream that says the end with
-        every chunk) overtakes that end, and nothing that was said with it."""
-        ends = any(choice.get("finish_reason") for choice in chunk.data["choices"])
-        if not self._wants_usage and (ends or not self.finished):
+        every chunk) overtakes that end, and nothing that was said with it. Is it such an end?"""
+        ends = False
+        for choice in chunk.data["choices"]:
+            if choice.get("finish_reason"):
+                ends = True
+        if not self._wants_usage and (ends or not self.answer.finish_reasons or not self.finished):
             if self._held is not None:
                 leaving.append(self._clean(self._held.raw, self._held.data))
             self._held = chunk if ends else None
             if ends:
-                return
+                return True
         elif self._held is not None and not self._wants_usage:
             self._let_go_what_it_says(self._held, leaving)
-        leaving.append(self._clean(chunk.raw, chunk.data))
+        leaving.append(self._clean(chunk.raw, chunk.data) if "usage" in chunk.data else chunk.raw)
+        return ends
 
     def _let_go_what_it_says(self, held: Chunk, leaving: list[bytes]) -> None:
         """The end stays held, alone."""
@@ -178,14 +188,38 @@ class ChatStream:
             return raw
         if self._wants_usage:
             return raw if data["usage"] is None else splice.edit(raw, data, {"usage": b"null"})
+        usual = _without_usual_usage(raw) if data["usage"] is None else None
+        if usual is not None:
+            return usual
         if data["usage"] is None and len(_USAGE_KEY.findall(raw)) == 1:
-            if _USUAL_USAGE in raw:
-                return raw.replace(_USUAL_USAGE, b"")
             return _NULL_USAGE.sub(b"", raw, count=1)
         return splice.edit(raw, data, {"usage": None})
 
-    def _learn(self, chunk: Chunk) -> None:
-        """A template for the next chunk, if it is like this one."""
+    def _learn(self, chunk: Chunk, *, usual: bool) -> None:
+        """A template for the next chunk, if it is like this one. `usual`: nothing had to be put right."""
+        if not (usual and self._learn_at_once(chunk.raw, chunk.data)):
+            self._learn_by_probe(chunk)
+        if self._template is not None:
+            self._worth_it = len(self._texts[0]) + _WORTH_IT
+
+    def _learn_at_once(self, raw: bytes, data: Mapping[str, Any]) -> bool:
+        """Where the text of a chunk stands for certain, and its usage too, nothing has to be tried."""
+        around = around_text(raw, data)
+        if around is None:
+            return False
+        key, parts = around
+        leaving = parts
+        if not self._wants_usage and "usage" in data:
+            tail = _without_usual_usage(parts[-1])
+            if tail is None or raw.find(_USAGE) < len(raw) - len(parts[-1]):
+                return False
+            leaving = [*parts[:-1], tail]
+        self._probes += 1
+        self._texts = [self.answer.pieces(data["choices"][0]["index"], key)]
+        self._template = Template(parts, leaving, rewritten=False)
+        return True
+
+    def _learn_by_probe(self, chunk: Chunk) -> None:
         probe = Probe.of(chunk.raw, chunk.data)
         if probe is None:
             return
@@ -196,12 +230,10 @@ class ChatStream:
             return
         raw = probe.raw if right is probe.data else dumps(right)
         self._template = probe.template(right, self._clean(raw, right))
-        self._worth_it = len(self._texts[0]) + _WORTH_IT
 
     def _forget(self) -> None:
-        if self._template is not None:
-            self._probes -= len(self._texts[0]) >= self._worth_it
-            self._template = None
+        self._probes -= len(self._texts[0]) >= self._worth_it
+        self._template = None
 
     def _marked(self, choice: dict[str, Any]) -> Iterator[list[str]]:
         """Where the text of a chunk goes in the record: the places where the probe has its mark."""
@@ -233,12 +265,7 @@ class ChatStream:
         """The held chunk with usage, cost and `extra` members in it, then `[DONE]`."""
         counted = {**usage.to_openai(), **(self._usage_data or {}), "cost": cost}
         chunk = self._held or (self._made_up_chunk([]) if self._wants_usage else self._made_up_finish())
-        leaving = [
-            splice.edit(
-                chunk.raw, chunk.data, {"usage": dumps(counted), **{key: dumps(value) for key, value in extra.items()}}
-            ),
-            sse.DONE,
-        ]
+        leaving = [_with_last_words(chunk.raw, chunk.data, {"usage": counted, **extra}), sse.DONE]
         if self._wants_usage and not self.answer.finish_reasons:
             leaving.insert(0, self._made_up_finish().raw)
         return sse.encode(leaving)
@@ -250,3 +277,31 @@ class ChatStream:
     def _made_up_chunk(self, choices: list[Any]) -> Chunk:
         """A chunk in the upstream's name."""
         return Chunk(data={**self._repair.name, "choices": choices})
+
+
+def _without_usual_usage(raw: bytes) -> bytes | None:
+    """What is left if the only `usage` is null and stands where most upstreams put it; None if not."""
+    at = raw.find(_USAGE) - 1
+    if at < 0 or not raw.startswith(_USUAL_USAGE, at) or raw.find(_USAGE, at + 2) >= 0:
+        return None
+    return raw[:at] + raw[at + len(_USUAL_USAGE) :]
+
+
+def _with_last_words(raw: bytes, data: Mapping[str, Any], words: Mapping[str, Any]) -> bytes:
+    """The chunk with these members, the first of which is `usage`: the one that stands at its end makes way for it."""
+    about = data.keys() & words.keys()
+    if not about and raw.endswith(b"}"):
+        return b"%b,%b" % (raw[:-1].rstrip(), dumps(words)[1:])
+    if about == {"usage"} and b"\\" not in raw and raw.count(_USAGE) == 1:  # no other key is this one then
+        head, _, told = raw.partition(b',"usage":')
+        if told == b"null}" or (told.startswith(b"{") and told.endswith(b"}}") and _is_one_value(told[:-1])):
+            return b"%b,%b" % (head, dumps(words)[1:])
+    return splice.edit(raw, data, {key: dumps(value) for key, value in words.items()})
+
+
+def _is_one_value(text: bytes) -> bool:
+    try:
+        loads(text)
+    except ValueError:
+        return False
+    return True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ _TEXTS = {
     key: re.compile(b'"' + key.encode() + rb'"\s*:\s*(' + _STRING + b")")
     for key in ("content", "reasoning_content", "reasoning", "arguments", "text")
 }
+_USUAL_TEXTS = {key: b'"%b"' % key.encode() for key in ("content", "reasoning_content")}
+_PADDING_KEY = b'"obfuscation"'
 _PADDING = re.compile(rb'"obfuscation"\s*:\s*"([A-Za-z0-9]+)"')
 MARK = f"/{secrets.token_hex(8)}"
 """In no upstream's text."""
@@ -57,7 +60,8 @@ class Template:
         self._leaving = leaving
         self._changed = rewritten or leaving != parts
         self._rewritten = rewritten
-        self._one_line = not any(b"\n" in part or b"\r" in part for part in (*parts, *leaving))
+        text = b"".join(parts)  # nothing leaves on more lines than it came on
+        self._one_line = not (b"\n" in text or b"\r" in text)
         self._event_start = _DATA + self._head
         self._event_end = self._tail + _BLANK
         self._between = self._event_end + self._event_start
@@ -130,6 +134,43 @@ class Template:
             return text, raw
         head, middle, tail = self._leaving
         return text, b"".join((head, string[1:-1], middle, padding, tail))
+
+
+def around_text(raw: bytes, data: Mapping[str, Any]) -> tuple[str, list[bytes]] | None:
+    """Of a chunk that is right as it is: which member of its delta has the only text, and the bytes around it. None
+    where that is not certain without a `Probe`.
+
+    It is certain where no backslash is: each key stands there as it is spelled then, so the one key of that name is the
+    one that the parser found.
+    """
+    [choice, *more] = data["choices"]
+    delta = choice.get("delta")
+    if more or not isinstance(delta, dict) or b"\\" in raw:
+        return None
+    told = [*delta] if len(delta) == 1 else [key for key, value in delta.items() if value is not None]
+    if len(told) != 1 or (key := told[0]) not in _USUAL_TEXTS:
+        return None
+    if choice.get("finish_reason") is not None or data.get("usage") is not None:
+        return None
+    place = _sole_string(raw, _USUAL_TEXTS[key])
+    if place is None or place[0] == place[1]:
+        return None
+    start, end = place
+    if raw.find(_PADDING_KEY, end) < 0:
+        return key, [raw[:start], raw[end:]]
+    padding = _sole_string(raw, _PADDING_KEY) if "obfuscation" in data else None
+    if padding is None or not raw[slice(*padding)].isalnum():
+        return None
+    return key, [raw[:start], raw[end : padding[0]], raw[padding[1] :]]
+
+
+def _sole_string(raw: bytes, key: bytes) -> tuple[int, int] | None:
+    """Where the text stands behind a key that is there once, in bytes without backslashes."""
+    at = raw.find(key)
+    start = at + len(key) + 2
+    if at < 0 or raw[start - 2 : start] != b':"' or raw.find(key, start) >= 0:
+        return None
+    return start, raw.find(b'"', start)
 
 
 @dataclass(frozen=True, slots=True)

@@ -491,6 +491,35 @@ _CHUNKS = st.fixed_dictionaries(
     {"choices": st.lists(_CHUNK_CHOICES | _ODD, max_size=2)},
     optional=dict.fromkeys(("id", "object", "created", "model", "service_tier"), _ODD),
 )
+_USUAL_CHUNKS = st.builds(
+    lambda chunk, choice, changes: chunk | {"choices": [chunk["choices"][0] | choice]} | changes,
+    st.sampled_from([*RIGHT["text"], *RIGHT["tool calls"]]),
+    st.just({}) | _CHUNK_CHOICES,
+    st.just({}) | st.dictionaries(st.sampled_from(["id", "object", "created", "model", "service_tier"]), _ODD),
+)
+_MADE = re.compile(r"(?:call_|mpl-)[0-9a-f]{24}")
+
+
+@given(st.lists(_CHUNKS | _USUAL_CHUNKS, max_size=6), st.sampled_from(["chat/completions", "completions"]))
+def test_what_is_taken_as_it_is_has_nothing_to_repair(chunks: list[Json], operation: str) -> None:
+    found = repaired(*chunks, operation=operation, model="m", at=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChunkRepair, "_takes_as_it_is", lambda self, choice: False)
+        looked_at = repaired(*chunks, operation=operation, model="m", at=5)
+    assert _MADE.sub("", repr(found)) == _MADE.sub("", repr(looked_at))
+
+
+def test_a_stream_keeps_the_name_that_it_got() -> None:
+    repair = ChunkRepair()
+    repair.chunk({**BEGIN, "created": None})
+    repair.chunk(NEXT | {"id": "other", "model": "other"})
+    assert repair.name == NAME
+
+
+def test_the_usual_chunks_are_taken_as_they_are() -> None:
+    repair = ChunkRepair()
+    assert all(repair._takes_as_it_is(item["choices"][0]) for item in RIGHT["text"])
+    assert not repair._takes_as_it_is(chunk({}, "stop")["choices"][0])
 
 
 @given(st.lists(_CHUNKS, max_size=6), st.sampled_from(["chat/completions", "completions"]))

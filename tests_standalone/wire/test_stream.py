@@ -14,8 +14,10 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
 from gateway.backends.openai import OpenAIDecoder
-from gateway.wire import WireError, sse
+from gateway.wire import WireError, splice, sse
+from gateway.wire import stream as stream_module
 from gateway.wire.chat import Chunk, Usage
+from gateway.wire.jsontext import dumps
 from gateway.wire.stream import ChatStream, StreamedError
 from tests_standalone.wire_samples import sample
 
@@ -181,6 +183,36 @@ class TestNotAsked:
         assert out[-1]["usage"] == USAGE | {"cost": 0.25}
 
 
+class TestLastWords:
+    """The members that the last chunk gets stand at its end; the usage that stood elsewhere stays where it was."""
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            (b'{"x":1}', b'{"x":1,"usage":{"n":1},"t":2}'),
+            (b'{"x":1 } ', b'{"x":1,"usage":{"n":1},"t":2} '),
+            (b'{"x":1,"usage":null}', b'{"x":1,"usage":{"n":1},"t":2}'),
+            (b'{"x":1,"usage": null}', b'{"x":1,"usage": {"n":1},"t":2}'),
+            (b'{"x":1,"usage": {"n":{}}}', b'{"x":1,"usage": {"n":1},"t":2}'),
+            (b'{"x":1,"usage":{"n":{"m":0}}}', b'{"x":1,"usage":{"n":1},"t":2}'),
+            (b'{"x":1,"usage":{"n":0},"y":{}}', b'{"x":1,"usage":{"n":1},"y":{},"t":2}'),
+            (b'{"usage":{"n":0},"x":{}}', b'{"usage":{"n":1},"x":{},"t":2}'),
+            (b'{"x":1,"usage":{"n":0},"x":{"y":2}}', b'{"x":1,"usage":{"n":1},"x":{"y":2},"t":2}'),
+            (b'{"x":{"usage":{}},"usage":null}', b'{"x":{"usage":{}},"usage":{"n":1},"t":2}'),
+            (
+                b'{"us\\u0061ge":null,"x":{"y":0,"usage":null}}',
+                b'{"us\\u0061ge":{"n":1},"x":{"y":0,"usage":null},"t":2}',
+            ),
+            (b'{"t":1,"usage":null}', b'{"t":2,"usage":{"n":1}}'),
+            (b'{"usage":1,"x":1,"usage":null}', b'{"usage":{"n":1},"x":1,"t":2}'),
+        ],
+    )
+    def test_examples(self, before: bytes, after: bytes) -> None:
+        words = {"usage": {"n": 1}, "t": 2}
+        assert stream_module._with_last_words(before, json.loads(before), words) == after
+        assert splice.edit(before, json.loads(before), {key: dumps(word) for key, word in words.items()}) == after
+
+
 class TestAsked:
     """The client asked for the usage chunk."""
 
@@ -301,6 +333,7 @@ class TestBrokenUpstreams:
             ({"error": {"message": "no", "code": 502}}, {"message": "no", "code": 502}),
             ({"error": "no"}, "no"),
             ({"object": "error", "message": "no"}, {"object": "error", "message": "no"}),
+            (HELLO | {"object": "error"}, HELLO | {"object": "error"}),
             (HELLO | {"error": {"message": "no"}}, {"message": "no"}),
             ({"code": "c", "error": "no"}, {"code": "c", "error": "no"}),
             ({"message": "no", "type": "t"}, {"message": "no", "type": "t"}),

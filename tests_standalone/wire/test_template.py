@@ -16,7 +16,7 @@ from gateway.wire import template as template_module
 from gateway.wire.chat import Chunk, Usage
 from gateway.wire.sse import SSEDecoder
 from gateway.wire.stream import ChatStream, StreamedError
-from gateway.wire.template import MARK, Probe
+from gateway.wire.template import MARK, Probe, around_text
 
 Json = dict[str, Any]
 
@@ -183,6 +183,53 @@ class TestProbe:
         assert b'"a"'.join([probe.parts[0][:-1], probe.parts[1][1:]]) == A
 
 
+class TestAroundText:
+    """Where it is certain without a probe."""
+
+    @pytest.mark.parametrize(
+        ("data", "key", "parts"),
+        [
+            (chunk({"content": "a"}), "content", [b'"delta":{"content":"', b'"},"finish_reason":null}]}']),
+            (
+                chunk({"content": None, "reasoning_content": "usage"}, usage=None),
+                "reasoning_content",
+                [b'"reasoning_content":"', b'"},"finish_reason":null}],"usage":null}'],
+            ),
+            (
+                chunk({"content": "content"}, obfuscation="aB3", x=1),
+                "content",
+                [b'"content":"', b'"},"finish_reason":null}],"obfuscation":"', b'","x":1}'],
+            ),
+        ],
+    )
+    def test_of_the_usual(self, data: Json, key: str, parts: list[bytes]) -> None:
+        found = around_text(compact(data), data)
+        assert found is not None
+        assert found[0] == key
+        assert found[1][0].endswith(parts[0])
+        assert found[1][1:] == parts[1:]
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            b'{"content":"x","choices":[{"index":0,"delta":{"content":"a"}}]}',
+            b'{"content" :"x","choices":[{"index":0,"delta":{"content":"a"}}]}',
+            b'{"choices":[{"index":0,"delta":{"content":"x","content":"a"}}]}',
+            b'{"choices":[{"index":0,"delta":{"content":"a"},"delta":{"content":"b"}}]}',
+            b'{"choices":[{"index":0,"delta":{"content":"a"}}],"x":{"content":1}}',
+            b'{"choices":[{"index":0,"delta":{"c\\u006fntent":"a"}}],"x":{"content":"b"}}',
+            b'{"choices":[{"index":0,"delta":{"content":"a\\n"}}]}',
+            b'{"choices":[{"index":0,"delta":{"content": "a"}}]}',
+            b'{"choices":[{"index":0,"delta":{"content":""}}]}',
+            b'{"choices":[{"index":0,"delta":{"content":"a"}}],"x":{"obfuscation":"b"}}',
+            b'{"obfuscation":"b","choices":[{"index":0,"delta":{"content":"a"}}],"x":{"obfuscation":"b"}}',
+            b'{"choices":[{"index":0,"delta":{"content":"a"}}],"obfuscation":"-"}',
+        ],
+    )
+    def test_of_what_is_not_certain(self, raw: bytes) -> None:
+        assert around_text(raw, json.loads(raw)) is None
+
+
 # --- both ways are the same
 
 _TEXT = st.text(max_size=6) | st.sampled_from(
@@ -197,6 +244,7 @@ _TEMPLATES: list[Json] = [
     chunk({"content": 0}, obfuscation=1, usage=None),
     {"usage": None} | chunk({"content": 0}),
     {"usage": None, "obfuscation": 1} | chunk({"content": 0}),
+    {"usage": None} | chunk({"content": 0}, x={"y": 1, "usage": None}),
     chunk({"content": 0}, usage=None, x={"usage": None}),
     chunk({"content": 0}, service_tier="on_demand", usage=None),
     chunk({"content": 0}, x=[{"content": "b"}], system_fingerprint=MARK),
@@ -320,6 +368,19 @@ def test_each_kind_of_chunk(number: int, style: int, wants_usage: bool) -> None:
     for operation in ("chat/completions", "completions"):
         fast = outcome(chunks, wants_usage=wants_usage, operation=operation, most=10**6)
         assert fast == outcome(chunks, wants_usage=wants_usage, operation=operation, most=0)
+
+
+@given(st.sampled_from(_TEMPLATES), st.sampled_from(_STYLES), _TEXT, _PADDING)
+@example(_TEMPLATES[3], _STYLES[0], "a", "x")
+@example(_TEMPLATES[0], _STYLES[0], "content", "")
+def test_what_is_certain_a_probe_would_find_too(template: Json, style: Json, text: str, padding: str) -> None:
+    raw = _filled(template, text, padding, style)
+    data = json.loads(raw)
+    found = around_text(raw, data) if data["choices"] else None
+    if found is not None and MARK.encode() not in raw:
+        probe = Probe.of(raw, data)
+        assert probe is not None
+        assert probe.parts == found[1]
 
 
 # --- pieces as they come from a socket
