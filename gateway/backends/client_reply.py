@@ -183,6 +183,7 @@ class Reply:
     def _parse(self, data: bytes) -> None:
         assert self._parser is not None
         self._silent += len(data)
+        self._between_chunks = False
         try:
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as failure:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import time
+from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
 from gateway.backends.client import HTTPTransport
 from gateway.backends.client_pool import Pool
-from gateway.backends.client_reply import HIGH_WATER, MAX_HEAD, MAX_HEADERS
+from gateway.backends.client_reply import HIGH_WATER, MAX_HEAD, MAX_HEADERS, Reply
 from gateway.backends.transport import Timeouts
 from gateway.errors import UpstreamError, UpstreamTimeout
 from tests_standalone.backends.raw_upstream import (
@@ -448,3 +452,112 @@ def _flood(size: int, sent: list[int] | None = None) -> Script:
 def _pool(client: HTTPTransport) -> Pool:
     (pool,) = client.pools.values()
     return pool
+
+
+class Line:
+    """A connection of which only its end is looked at."""
+
+    kept: bool | None = None
+
+    def due(self, at: float) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def stop_sending(self) -> None: ...
+
+    def retire(self, reply: Reply) -> None: ...
+
+    def finish(self, keep: bool) -> None:
+        self.kept = keep
+
+    def drop(self) -> None:
+        self.kept = False
+
+
+class TestPush:
+    """What is handed over while the socket is read is what `read` would give, however the two take turns."""
+
+    PAYLOADS = (b"data: x\n\n", b"x" * 300, b"\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"a")
+    """Some look like the framing that they are in."""
+
+    async def test_pushed_and_read_in_turns(self) -> None:
+        seed = random.randrange(1 << 32)
+        print("seed", seed)
+        dice = random.Random(seed)
+        for _ in range(400):
+            body = dice.choices(self.PAYLOADS, k=dice.randrange(1, 9))
+            await self._try(
+                dice, body, b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in body) + b"0\r\n\r\n"
+            )
+
+    async def test_a_chunk_within_a_chunk_is_its_content(self) -> None:
+        """The first half is read; the other, which looks like a whole chunk, comes while the reply is pushed."""
+        line, got = Line(), list[bytes]()
+        reply = self._reply(line)
+        pushing = asyncio.create_task(reply.push(lambda piece: got.append(piece) is not None))
+        await asyncio.sleep(0)
+        reply.feed(b"2\r\nok\r\n")
+        await pushing
+        reply.feed(b"c\r\n12")
+        assert await reply.read() == b"12"
+        pushing = asyncio.create_task(reply.push(lambda piece: got.append(piece) is None))
+        await asyncio.sleep(0)
+        reply.feed(b"5\r\nhello\r\n")
+        reply.feed(b"\r\n0\r\n\r\n")
+        assert await _ended(pushing)
+        assert (b"".join(got), line.kept) == (b"ok5\r\nhello\r\n", True)
+
+    async def _try(self, dice: random.Random, body: list[bytes], wire: bytes) -> None:
+        line, got = Line(), list[bytes]()
+        reply = self._reply(line)
+
+        def take(piece: bytes) -> bool:
+            got.append(piece)
+            return dice.random() < 0.7
+
+        async def consume() -> None:
+            while True:
+                await reply.push(take)
+                for _ in range(dice.randrange(1, 3)):
+                    piece = await reply.read()
+                    if not piece:
+                        return
+                    got.append(piece)
+
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0)
+        cuts = sorted({0, len(wire), *(_chunk_ends(body)), *dice.choices(range(len(wire)), k=dice.randrange(5))})
+        for start, end in pairwise(cuts):
+            reply.feed(wire[start:end])
+            if dice.random() < 0.8:
+                await asyncio.sleep(0)
+        assert await _ended(task), (wire, cuts)
+        assert (b"".join(got), line.kept) == (b"".join(body), True)
+
+    @staticmethod
+    def _reply(line: Line) -> Reply:
+        loop = asyncio.get_running_loop()
+        reply = Reply(line, loop, bodiless=False, timeouts=Timeouts(), end=math.inf)
+        reply.feed(CHUNKED)
+        return reply
+
+
+def _chunk_ends(body: list[bytes]) -> Iterator[int]:
+    at = 0
+    for piece in body:
+        at += len(_chunk(piece))
+        yield at
+
+
+async def _ended(task: asyncio.Task[None]) -> bool:
+    """Without another byte."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+    task.cancel()
+    return task.done()
+
+
+def _chunk(piece: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
