@@ -59,7 +59,7 @@ class Meter:
         spent = usage.input_tokens + usage.output_tokens
         cost = None if outcome.cost_unknown else 0 if not spent else price.cost(usage) if price is not None else None
         unknown = cost is None and not (outcome.cost_unknown and price is not None)
-        # By place, in the order of the columns: so many by name take ten times as long.
+        # By place, in the order of the columns: so many by name take eight times as long.
         row = UsageRow(
             f"use_{random_hex()}", self._request_id, len(self.rows) + 1, self._at,
             caller.user_id, caller.key_id, self._end_user, None, None,

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sized
 
 from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
 
 from gateway.outbox import Outbox
 
-__all__ = ["GatewayFlow", "Outlet"]
+__all__ = ["GatewayFlow", "Outlet", "outbox_of"]
 
 
 _MOST_HELD = 64 * 1024
@@ -85,3 +86,11 @@ class Outlet:
 
 def _nothing() -> None:
     return None
+
+
+def outbox_of(state: ServerState, loop: asyncio.AbstractEventLoop) -> Outbox:
+    """One for all connections of a server."""
+    found: Outbox | None = vars(state).get("outbox")
+    if found is None:
+        found = vars(state)["outbox"] = Outbox(loop)
+    return found

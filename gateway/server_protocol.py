@@ -38,10 +38,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from gateway.outbox import Outbox
 from gateway.server_cycle import GatewayCycle
 from gateway.server_deadlines import TCP_CLOSED, IdleDeadline, WriteDeadline, tcp_progress
-from gateway.server_flow import GatewayFlow, Outlet
+from gateway.server_flow import GatewayFlow, Outlet, outbox_of
 from gateway.server_head import Refusal, check_head, head_too_large, head_without_upgrade, refused
 
 __all__ = ["GatewayProtocol"]
@@ -94,7 +93,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         self.flow = GatewayFlow(transport, self.pipeline)
-        self._outlet = Outlet(transport, _outbox_of(self.server_state, self.loop), self._leave)
+        self._outlet = Outlet(transport, outbox_of(self.server_state, self.loop), self._leave)
         self._write_deadline = WriteDeadline(transport, self.loop, self.write_seconds)
         transport.set_write_buffer_limits(high=self.write_buffer)
         self._expect("head", self.head_seconds, self._head_is_late)
@@ -400,11 +399,3 @@ class GatewayProtocol(HttpToolsProtocol):
         super().resume_writing()
         if not self.transport.is_closing():  # what a closing transport still holds stays on the clock
             self._write_deadline.stop()
-
-
-def _outbox_of(state: ServerState, loop: asyncio.AbstractEventLoop) -> Outbox:
-    """One for all connections of a server."""
-    found: Outbox | None = vars(state).get("outbox")
-    if found is None:
-        found = vars(state)["outbox"] = Outbox(loop)
-    return found

@@ -67,7 +67,7 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "extract.*": ("errors", "extract.*"),
     "server": (),
     "outbox": (),
-    "server_protocol": ("outbox", "server_cycle", "server_deadlines", "server_flow", "server_head"),
+    "server_protocol": ("server_cycle", "server_deadlines", "server_flow", "server_head"),
     "server_cycle": ("server_flow", "server_head"),
     "server_flow": ("outbox",),
     "server_*": (),

@@ -171,11 +171,8 @@ class Reply:
     def feed(self, data: bytes) -> None:
         if self._between_chunks and self._take is not None:
             start = data.find(b"\r\n") + 2
-            if (
-                start < len(data) - 2
-                and data.endswith(b"\r\n")
-                and data[:start] == _CHUNK_SIZE % (len(data) - start - 2)
-            ):
+            size = len(data) - start - 2
+            if size > 0 and data[:start] == _CHUNK_SIZE % size and data.endswith(b"\r\n"):
                 self._hand_over(self._take, data[start:-2])
                 return
         self._parse(data)

@@ -212,16 +212,13 @@ class HTTPChunkStream:
         if push is None or self._ended or self._decoder.complete:
             return
         may_pass: Callable[[bytes], bool] = getattr(self._decoder, "may_pass", _never)
-        passes = may_pass(b"")
 
         def piece_came(piece: bytes) -> bool:
-            nonlocal passes
-            if passes:
+            if may_pass(piece):
                 goes_on = take_events(piece)
                 if goes_on is not None:
                     return goes_on
             chunks = self._decoded(piece)
-            passes = may_pass(b"")
             return (not chunks or take(chunks)) and not self._decoder.complete
 
         await push(piece_came)

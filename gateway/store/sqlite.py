@@ -190,7 +190,7 @@ class _Thread:
     def _answer(
         self, future: asyncio.Future[T], loop: asyncio.AbstractEventLoop, job: Callable[[sqlite3.Connection], T]
     ) -> None:
-        """Straight to the loop: `asyncio.wrap_future` takes a third more time for it."""
+        """Straight to the loop: `asyncio.wrap_future` has two futures for it."""
         if future.cancelled():
             return
         try:
