@@ -18,7 +18,7 @@ from typing import Literal
 
 from gateway.auth import Caller
 from gateway.errors import BadRequest, NotFound
-from gateway.ids import random_hex
+from gateway.ids import ordered_hex, random_hex
 from gateway.store import conversations as rows
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database
@@ -108,7 +108,7 @@ class Conversations:
         talk = (
             await self._find(caller, wanted, request, end_user)
             if wanted is not None
-            else Talk(new_id(), f"c_{random_hex()}", caller, end_user, True, request.messages)
+            else Talk(new_id(), f"c_{ordered_hex()}", caller, end_user, True, request.messages)
         )
         if self._system is not None and not talk.history and not _has_system(request.messages):
             talk.preface = self._system
@@ -135,7 +135,7 @@ class Conversations:
         if found is None:
             if _OWN_ID.fullmatch(wanted):
                 raise NotFound(f"The conversation '{wanted}' does not exist.", param="conversation_id")
-            return Talk(wanted, f"c_{random_hex()}", caller, end_user, True, request.messages)
+            return Talk(wanted, f"c_{ordered_hex()}", caller, end_user, True, request.messages)
         chains = [message.chain for message in found.messages if message.chain]
         return Talk(
             wanted,
@@ -205,7 +205,7 @@ def _stored(
     role: str = message["role"]
     extra = {key: value for key, value in message.items() if key != "role" and key != "content"}
     return StoredMessage(
-        f"msg_{random_hex()}",
+        f"msg_{ordered_hex()}",
         role if role in _PLAIN_ROLES else clean(role),
         content.decode(),
         dumps(extra).decode() if extra else None,

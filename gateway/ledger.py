@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gateway.errors import DatabaseUnavailable, NotRecorded
-from gateway.ids import random_hex
+from gateway.ids import ordered_hex
 from gateway.store import conversations, sessions, usage
 from gateway.store.conversations import ConversationTurn
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
@@ -266,7 +266,7 @@ class Ledger:
     async def _session_of(self, user_id: str, now: int) -> str:
         session_id = await sessions.current(self._database, user_id, active_since=now - SESSION_IDLE_MS)
         if session_id is None:
-            session_id = f"sess_{random_hex()}"
+            session_id = f"sess_{ordered_hex()}"
             await sessions.open_session(self._database, session_id, user_id, now)
         self._sessions.pop(user_id, None)
         self._sessions[user_id] = (session_id, now)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gateway.auth import Caller
 from gateway.catalog import Route
-from gateway.ids import random_hex
+from gateway.ids import ordered_hex
 from gateway.store.text import clean
 from gateway.store.usage import Status, UsageRow
 from gateway.wire.chat import Usage
@@ -61,7 +61,7 @@ class Meter:
         unknown = cost is None and not (outcome.cost_unknown and price is not None)
         # By place, in the order of the columns: so many by name take eight times as long.
         row = UsageRow(
-            f"use_{random_hex()}", self._request_id, len(self.rows) + 1, self._at,
+            f"use_{ordered_hex()}", self._request_id, len(self.rows) + 1, self._at,
             caller.user_id, caller.key_id, self._end_user, None, None,
             route.backend.name, clean(model), clean(route.upstream_model),
             usage.input_tokens, usage.cached_tokens, usage.cache_write_tokens, usage.audio_input_tokens,

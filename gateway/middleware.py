@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from gateway import logs
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
-from gateway.ids import random_hex
+from gateway.ids import ordered_hex
 from gateway.responses import Header, Message, Receive, Scope, Send, send_error
 
 log = logging.getLogger("gateway")
@@ -246,7 +246,7 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _new_id() -> str:
-    return f"req_{random_hex()}"
+    return f"req_{ordered_hex()}"
 
 
 def _is_event_stream(headers: Iterable[Header]) -> bool:

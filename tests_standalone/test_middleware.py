@@ -254,7 +254,7 @@ async def test_any_other_is_replaced(given: str | None) -> None:
     state: dict[str, Any] = {}
     headers = [] if given is None else [("x-request-id", given)]
     answer = await ask(stack(ok), headers=headers, state=state)
-    assert re.fullmatch(r"req_[0-9a-f]{32}", answer.headers["x-request-id"])
+    assert re.fullmatch(r"req_[0-9a-f]{44}", answer.headers["x-request-id"])
     assert state["request_id"] == answer.headers["x-request-id"]
 
 

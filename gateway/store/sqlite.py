@@ -17,13 +17,15 @@ import asyncio
 import random
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 from gateway.errors import DatabaseUnavailable
@@ -45,7 +47,16 @@ WRITER = (
 )
 READER = ("PRAGMA query_only = ON",)
 
+ROWS_AT_ONCE = 16
+"""How many rows one statement inserts. Whenever SQLite begins or ends a step, the thread gives Python's lock away and
+waits for it again, while the event loop works on: one row at a time, that costs more than the row."""
+
 _PLACE = re.compile(r"\$(\d+)")
+_INSERT = re.compile(
+    r"(?P<into>\s*INSERT INTO (?P<table>\w+) \([\w, \n]+\))\s+"
+    r"(VALUES (?P<row>\([?, ]+\))(?P<rest>.*)|(?P<select>SELECT (?!.*\b(?P=table)\b).*))",
+    re.DOTALL,
+)
 
 DUPLICATE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_ROWID}
 DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -157,14 +168,19 @@ class _Transaction:
 
 
 class _Thread:
-    """A thread and the connection that only it touches. Jobs run in the order in which they came."""
+    """A thread and the connection that only it touches. Jobs run in the order in which they came.
+
+    An executor has two futures and three locks for each job, which costs as much as the statements of a small one.
+    """
 
     def __init__(self, path: Path, settings: Sequence[str]) -> None:
         self._path = path
         self._settings = settings
         self._connection: sqlite3.Connection | None = None
         self.busy = False
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+        self._closed = False
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="sqlite", daemon=True).start()
 
     @property
     def is_open(self) -> bool:
@@ -174,31 +190,25 @@ class _Thread:
         return await self.start(job)
 
     def start(self, job: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        try:
-            self._executor.submit(self._answer, future, loop, job)
-        except RuntimeError:  # the executor is shut down
-            raise DatabaseUnavailable("the database is closed") from None
-        return future
+        if self._closed:
+            raise DatabaseUnavailable("the database is closed")
+        return self._ask(lambda: self._run(job))
 
     async def close(self) -> None:
-        closing = asyncio.wrap_future(self._executor.submit(self._disconnect))
-        self._executor.shutdown(wait=False)
+        self._closed = True
+        closing = self._ask(self._disconnect)
+        self._jobs.put(None)
         await asyncio.shield(closing)
 
-    def _answer(
-        self, future: asyncio.Future[T], loop: asyncio.AbstractEventLoop, job: Callable[[sqlite3.Connection], T]
-    ) -> None:
-        """Straight to the loop: `asyncio.wrap_future` has two futures for it."""
-        if future.cancelled():
-            return
-        try:
-            answer = self._run(job)
-        except BaseException as error:
-            loop.call_soon_threadsafe(_settle, future, None, error)
-        else:
-            loop.call_soon_threadsafe(_settle, future, answer, None)
+    def _ask(self, job: Callable[[], T]) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._jobs.put(lambda: _answer(loop, future, job))
+        return future
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
 
     def _run(self, job: Callable[[sqlite3.Connection], T]) -> T:
         with _mapped(self._path):
@@ -218,6 +228,19 @@ class _Thread:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], job: Callable[[], T]) -> None:
+    """Runs a job that somebody still waits for. A loop that has gone takes no answer."""
+    if future.cancelled():
+        return
+    with suppress(RuntimeError):
+        try:
+            answer = job()
+        except BaseException as error:
+            loop.call_soon_threadsafe(_settle, future, None, error)
+        else:
+            loop.call_soon_threadsafe(_settle, future, answer, None)
 
 
 def _settle(future: asyncio.Future[Any], answer: object, error: BaseException | None) -> None:
@@ -288,11 +311,8 @@ def _commit(connection: sqlite3.Connection, work: Sequence[Step]) -> None:
     _begin(connection)
     try:
         for sql, rows in work:
-            text, placed = _positional(sql)
-            if len(rows) == 1:
-                connection.execute(text, placed(rows[0]))
-            else:
-                connection.executemany(text, map(placed, rows))
+            for statement, values in _statements(sql, rows):
+                connection.execute(statement, values)
         connection.execute("COMMIT")
     except BaseException:
         _roll_back(connection)
@@ -325,6 +345,29 @@ def _fetch(connection: sqlite3.Connection, sql: str, args: Sequence[Value]) -> l
         return connection.execute(sql).fetchall()
     text, placed = _positional(sql)
     return connection.execute(text, placed(args)).fetchall()
+
+
+def _statements(sql: str, rows: Sequence[Sequence[Value]]) -> Iterator[tuple[str, Sequence[Value]]]:
+    """A step's statements with their values: up to `ROWS_AT_ONCE` rows each, if the statement can take several."""
+    text, placed = _positional(sql)
+    several = len(rows) > 1 and _of_rows(text, 2) is not None
+    for first in range(0, len(rows), ROWS_AT_ONCE if several else 1):
+        if not several:
+            yield text, placed(rows[first])
+            continue
+        together = rows[first : first + ROWS_AT_ONCE]
+        yield _of_rows(text, len(together)) or text, list(chain.from_iterable(map(placed, together)))
+
+
+@lru_cache(512)
+def _of_rows(text: str, count: int) -> str | None:
+    """The statement that inserts so many rows; None if it is no INSERT, or one that reads what it inserts."""
+    found = _INSERT.fullmatch(text)
+    if found is None:
+        return None
+    if found["row"] is not None:
+        return f"{found['into']} VALUES {', '.join([found['row']] * count)}{found['rest']}"
+    return f"{found['into']} {' UNION ALL '.join([found['select']] * count)}"
 
 
 @lru_cache(512)

@@ -74,6 +74,35 @@ async def test_steps_run_in_order_and_once_per_row(notes: Database) -> None:
     assert await all_notes(notes) == [("a", "", 31), ("b", "", 11)]
 
 
+COPY = "INSERT INTO copies (id, text) SELECT CAST($1 AS TEXT), n.text FROM notes n WHERE n.id = $2"
+NEXT = "INSERT INTO counters (name, value) SELECT CAST($1 AS TEXT), MAX(value) + 1 FROM counters"
+COUNT_UP = (
+    "INSERT INTO counters (name, value) VALUES ($2, $1) ON CONFLICT (name) DO UPDATE SET value = counters.value + 1"
+)
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 100])
+async def test_any_number_of_rows_may_go_with_a_step(notes: Database, count: int) -> None:
+    async with notes.transaction() as transaction:
+        await transaction.execute("CREATE TABLE copies (id TEXT PRIMARY KEY, text TEXT NOT NULL)")
+    ids = [f"{index:03}" for index in range(count)]
+
+    await notes.write(
+        [
+            (ADD, [(each, f"text {each}", index) for index, each in enumerate(ids)]),
+            (COPY, [(f"copy of {each}", each) for each in [*ids, "missing"]]),
+            (COUNT_UP, [(7, "c")] * count),
+            (NEXT, [(each,) for each in ids]),
+        ]
+    )
+
+    assert await all_notes(notes) == [(each, f"text {each}", index) for index, each in enumerate(ids)]
+    copies = await notes.fetch("SELECT id, text FROM copies ORDER BY id")
+    assert values(copies) == [(f"copy of {each}", f"text {each}") for each in ids]
+    counters = await notes.fetch("SELECT name, value FROM counters ORDER BY value")
+    assert values(counters) == [("c", count), *((each, count + 1 + index) for index, each in enumerate(ids))]
+
+
 async def test_steps_without_rows_are_left_out(notes: Database) -> None:
     await notes.write([])
     await notes.write([("this is no SQL", [])])
