@@ -1,55 +1,312 @@
-"""What a call needs from the database before it goes out, taken by all waiting callers of a worker in one round trip.
+"""What a call needs before it goes out, taken by all waiting callers of a worker in one round trip.
 
-For now that is the state of the keys: its `revision` says whether what this worker remembers of them is still true, on
-every call, so a revoked key is refused by the next request everywhere. It also proves that the database answers:
-no upstream is called for a turn that could not be recorded. Buckets, budgets and turn leases join here.
+That is its place in the buckets, the slots and the budgets (`limits`), and the proof that its key still holds and that
+the database answers: no upstream is called for a turn that could not be recorded. A worker that is alone on SQLite
+keeps the book in its memory and asks nobody.
+
+- What a call holds is settled with its turn, in the ledger's transaction; here only for a call that leaves no turn.
+- Whoever stops waiting gives back what was granted meanwhile.
+- The worker says every few seconds that it lives. One that could not for too long takes another name: what it held has
+  been taken back, and what it is settled under the old name frees nothing twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from gateway.store import keys
-from gateway.store.database import Database
+from gateway.allowances import Allowances, headers, refusal
+from gateway.auth import Auth
+from gateway.caller import Caller
+from gateway.errors import DatabaseUnavailable, PermissionDenied
+from gateway.key_watch import KeyWatch
+from gateway.limits import BEAT_EVERY, Account, Batch, Claim, Grant, Settlement, Verdict, held, summed
+from gateway.limits_memory import MemoryBook
+from gateway.pulse import Pulse
 from gateway.store.keys import KeyState
+
+log = logging.getLogger("gateway.admission")
+
+MOST_CLAIMS = 500
+SWEEP_SECONDS = 60.0
+
+
+class AdmissionMetrics(Protocol):
+    """Who is told how calls are let in. `reason` is that of a `Grant`; seconds are those that a caller waited."""
+
+    def admitted(self, seconds: float) -> None: ...
+
+    def refused(self, reason: str) -> None: ...
+
+    def reserved(self, tokens: int, nanousd: int) -> None: ...
+
+    def settled(self, tokens: int, nanousd: int) -> None: ...
+
+
+class Book(Protocol):
+    """Where limits are counted for all workers. Both raise DatabaseUnavailable."""
+
+    async def admit(self, batch: Batch) -> Verdict: ...
+
+    async def sweep(self, worker: str) -> None:
+        """Puts away what is over. Called now and then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a call asks for: tokens and nano-dollars at most. `cost` None: nobody knows its price."""
+
+    tokens: int = 0
+    cost: int | None = 0
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A call that was let in. `holds` is what it has not given back; `headers` are for its reply."""
+
+    holds: Sequence[Settlement] = ()
+    headers: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A caller that waits for its grant. `accounts` are those of its claim."""
+
+    demand: Demand
+    accounts: Sequence[Account]
+    answer: asyncio.Future[tuple[Grant, Ticket, KeyState]]
 
 
 class Admission:
-    """`check` callers that come while a round trip is under way share the next one; never an answer from before."""
+    """One for each worker. `spent` tells what an account's present period has cost, for one that is new to the book."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._waiting: list[asyncio.Future[KeyState]] = []
-        self._task: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+    def __init__(
+        self,
+        allowances: Allowances,
+        auth: Auth,
+        watch: KeyWatch,
+        book: Book | MemoryBook,
+        spent: Callable[[Account, Caller], Awaitable[int]],
+        metrics: AdmissionMetrics | None = None,
+        *,
+        allow_unpriced: bool = False,
+        pulse: Pulse | None = None,
+    ) -> None:
+        self._allowances = allowances
+        self._auth = auth
+        self._watch = watch
+        self._book = book
+        self._spent = spent
+        self._metrics = metrics
+        self._allow_unpriced = allow_unpriced
+        self._seeded: set[tuple[str, str]] = set()
+        self._waiting: list[_Waiting] = []
+        self._released: list[Settlement] = []
+        self._running: asyncio.Task[None] | None = None
+        self._pulse = pulse or Pulse()
+        self._beating: asyncio.Task[None] | None = None
 
-    async def check(self) -> KeyState:
-        """Raises DatabaseUnavailable."""
-        loop = self._loop
-        if loop is None:  # asking asyncio for it costs a system call each time
-            loop = self._loop = asyncio.get_running_loop()
-        answer: asyncio.Future[KeyState] = loop.create_future()
-        self._waiting.append(answer)
-        if self._task is None or self._task.done():
-            self._task = loop.create_task(self._run(), name="admission")
-        return await answer
-
-    async def _run(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            try:
-                state = await keys.state(self._database)
-            except BaseException as failure:
-                for answer in batch:
-                    if not answer.done():
-                        answer.set_exception(failure)
-                if not isinstance(failure, Exception):
-                    raise
-            else:
-                for answer in batch:
-                    if not answer.done():
-                        answer.set_result(state)
+    def start(self) -> None:
+        if not isinstance(self._book, MemoryBook):
+            self._beating = asyncio.create_task(self._keep_beating(self._book), name="admission")
 
     async def aclose(self) -> None:
-        if self._task is not None:
-            await asyncio.wait({self._task})
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait({self._beating})
+        if self._released:
+            self._ensure_running()
+        if self._running is not None:
+            await asyncio.wait({self._running}, timeout=2)
+            self._running.cancel()
+
+    # --- calls
+
+    async def admit(self, caller: Caller, end_user: str | None, estimate: Callable[[bool], Demand]) -> Ticket:
+        """Lets a call in. `estimate(cost)` is asked only where something depends on it. Raises RateLimited,
+        QuotaExceeded, PermissionDenied, Unauthenticated, DatabaseUnavailable."""
+        started = time.perf_counter()
+        accounts = self._allowances.accounts(caller, end_user)
+        demand = self._demand(accounts, estimate)
+        for place, account in enumerate(accounts):
+            if account.budget is not None and (account.subject, account.period) not in self._seeded:
+                accounts[place] = account._replace(seed=await self._spent(account, caller))
+        if isinstance(self._book, MemoryBook):
+            [grant] = self._book.admit(Batch("", accounts, [_claim(demand, accounts)]))
+            ticket = _ticket("", demand, accounts, grant)
+        else:
+            grant, ticket, state = await self._granted(demand, accounts)
+            await self._check_key(caller, ticket, state)
+        self._seeded.update((account.subject, account.period) for account in accounts if account.budget is not None)
+        if grant.reason:
+            if self._metrics is not None:
+                self._metrics.refused(grant.reason)
+            raise refusal(grant, accounts[grant.at], dict(ticket.headers))
+        if self._metrics is not None:
+            self._metrics.admitted(time.perf_counter() - started)
+            self._metrics.reserved(demand.tokens, demand.cost or 0)
+        return ticket
+
+    @property
+    def names(self) -> list[str]:
+        """Those under which this worker holds something, or will."""
+        return self._pulse.names
+
+    def settle(self, ticket: Ticket, tokens: int, cost: int | None) -> list[Settlement]:
+        """What is to be written with the call's turn. `cost` None: nobody knows, so it is what was reserved. A ticket
+        that is settled holds nothing any more."""
+        holds, ticket.holds = ticket.holds, ()
+        if not holds:
+            return []
+        if self._metrics is not None:
+            self._metrics.settled(tokens, cost or 0)
+        self._pulse.left(holds[0].worker)
+        settled = [one._replace(tokens_used=tokens, cost=one.cost_held if cost is None else cost) for one in holds]
+        if isinstance(self._book, MemoryBook):
+            self._book.settle(settled)
+            return []
+        return settled
+
+    def release(self, settlements: Sequence[Settlement]) -> None:
+        """Enters settlements that no turn takes along."""
+        if settlements:
+            self._released += settlements
+            self._ensure_running()
+
+    def _demand(self, accounts: Sequence[Account], estimate: Callable[[bool], Demand]) -> Demand:
+        budget = any(account.budget is not None for account in accounts)
+        if not budget and all(account.token_rate is None for account in accounts):
+            return Demand()
+        demand = estimate(budget)
+        if demand.cost is not None:
+            return demand
+        if self._allow_unpriced:
+            return Demand(demand.tokens, 0)
+        raise PermissionDenied(
+            "There is a budget, and nobody knows what this model costs, so the call cannot be held to it. Give the "
+            "model a price (models.NAME.price in the configuration), or allow such calls (budgets.allow_unpriced).",
+            param="model",
+            code="price_unknown",
+        )
+
+    async def _check_key(self, caller: Caller, ticket: Ticket, state: KeyState) -> None:
+        """The statement that let the call in has also told whether keys have changed since we knew the caller."""
+        self._watch.tell(state)
+        if state.revision == caller.revision:
+            return
+        try:
+            await self._auth.again(caller, state)
+        except BaseException:
+            self.release(self.settle(ticket, 0, 0))
+            raise
+
+    # --- batches
+
+    async def _granted(self, demand: Demand, accounts: Sequence[Account]) -> tuple[Grant, Ticket, KeyState]:
+        waiting = _Waiting(demand, accounts, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._ensure_running()
+        try:
+            return await waiting.answer
+        except asyncio.CancelledError:
+            if waiting.answer.done() and not waiting.answer.cancelled() and waiting.answer.exception() is None:
+                self.release(self.settle(waiting.answer.result()[1], 0, 0))
+            raise
+
+    def _ensure_running(self) -> None:
+        if self._running is None or self._running.done():
+            assert not isinstance(self._book, MemoryBook)
+            self._running = asyncio.get_running_loop().create_task(self._run(self._book), name="admission")
+
+    async def _run(self, book: Book) -> None:
+        while self._waiting or self._released:
+            batch, self._waiting = self._waiting[:MOST_CLAIMS], self._waiting[MOST_CLAIMS:]
+            released, self._released = self._released, []
+            try:
+                await self._admit(book, batch, released)
+            except BaseException as failure:
+                for waiting in batch:
+                    if not waiting.answer.done():
+                        waiting.answer.set_exception(failure)
+                if not isinstance(failure, Exception):
+                    raise
+                self._pulse.rename()  # it may have been done all the same: what this name then holds must not live on
+
+    async def _admit(self, book: Book, batch: Sequence[_Waiting], released: Sequence[Settlement]) -> None:
+        accounts: list[Account] = []
+        places: dict[str, int] = {}
+        claims: list[Claim] = []
+        for waiting in batch:
+            claims.append(_claim(waiting.demand, waiting.accounts, accounts, places))
+        name = self._pulse.name
+        asked = Batch(name, accounts, claims, summed(released), beat=self._pulse.is_new, judge=self._pulse.is_steady)
+        verdict = await book.admit(asked)
+        self._pulse.said(name)
+        state = KeyState(verdict.revision, verdict.ever_made)
+        for waiting, claim, grant in zip(batch, claims, verdict.grants, strict=True):
+            if grant.reason:
+                grant = grant._replace(at=claim.accounts.index(grant.at))
+            ticket = _ticket(name, waiting.demand, waiting.accounts, grant)
+            if ticket.holds:
+                self._pulse.entered(name)
+            if waiting.answer.done():  # its caller has gone
+                self._released += self.settle(ticket, 0, 0)
+            else:
+                waiting.answer.set_result((grant, ticket, state))
+
+    # --- signs of life
+
+    async def _keep_beating(self, book: Book) -> None:
+        swept = time.monotonic()
+        while True:
+            self._pulse.check()
+            try:
+                for name in self._pulse.names:
+                    await book.admit(Batch(name, beat=True))
+                    self._pulse.said(name)
+                if time.monotonic() - swept > SWEEP_SECONDS:
+                    swept = time.monotonic()
+                    await book.sweep(self._pulse.name)
+            except DatabaseUnavailable:
+                self._pulse.stopped()
+            except Exception:  # whatever it is, the worker must go on saying that it lives
+                log.exception("saying that this worker lives failed")
+                self._pulse.stopped()
+            await asyncio.sleep(BEAT_EVERY / 1000)
+
+
+def _claim(
+    demand: Demand,
+    accounts: Sequence[Account],
+    known: list[Account] | None = None,
+    places: dict[str, int] | None = None,
+) -> Claim:
+    """A claim on its accounts; on those `known` to a batch, of which `places` tells the subjects."""
+    if known is None or places is None:
+        return Claim(demand.tokens, demand.cost or 0, range(len(accounts)))
+    asked = []
+    for account in accounts:
+        place = places.setdefault(account.subject, len(known))
+        if place == len(known):
+            known.append(account)
+        elif account.seed:
+            known[place] = account
+        asked.append(place)
+    return Claim(demand.tokens, demand.cost or 0, asked)
+
+
+def _ticket(worker: str, demand: Demand, accounts: Sequence[Account], grant: Grant) -> Ticket:
+    told = headers(accounts[0], grant) if accounts else ()
+    if grant.reason:
+        return Ticket((), told)
+    claim = Claim(demand.tokens, demand.cost or 0, ())
+    holds = [
+        held(claim, account, grant, place, worker)
+        for place, account in enumerate(accounts)
+        if account.max_parallel is not None or account.token_rate is not None or account.budget is not None
+    ]
+    return Ticket(holds, told)

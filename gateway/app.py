@@ -17,17 +17,18 @@ from typing import Any
 from starlette.routing import BaseRoute, Route, Router
 
 from gateway import __version__
-from gateway.admission import Admission
-from gateway.api import admin, openai, operations, ops
+from gateway.api import admin, admin_keys, openai, operations, ops
 from gateway.api.common import Readiness, Services
 from gateway.auth import Auth
 from gateway.backends.client import HTTPTransport
 from gateway.call import Relay
 from gateway.compose import accesses, build_catalog, with_local_ollama
+from gateway.compose_limits import build_admission
 from gateway.config import Settings, load_settings
 from gateway.conversations import Conversations
 from gateway.drain import Drain
 from gateway.errors import ConfigError, DatabaseUnavailable
+from gateway.key_watch import KeyWatch
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics, public_names
 from gateway.middleware import CORS, ErrorBoundary, Observed, OnePath, not_found
@@ -39,7 +40,7 @@ from gateway.tokens import TokenCounter
 
 log = logging.getLogger("gateway")
 
-DIALECTS = (openai, operations, admin, ops)
+DIALECTS = (openai, operations, admin, admin_keys, ops)
 _RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 
 
@@ -102,20 +103,33 @@ class Gateway:
             self._problems = failure.problems
             raise
         metrics = Metrics(public_names(catalog, settings.models), __version__)
-        ledger, admission, readiness = Ledger(database, metrics), Admission(database), Readiness()
+        watch, readiness = KeyWatch(database), Readiness()
+        auth = _auth(settings, database, watch)
+        admission = build_admission(settings, database, auth, watch, metrics)
+        ledger = Ledger(database, metrics, admission.release)
         services = Services(
             settings=settings,
             database=database,
-            auth=_auth(settings, database, admission),
+            auth=auth,
             catalog=catalog,
             conversations=_conversations(settings, database),
-            relay=Relay(catalog, ledger, self.drain, counter, metrics.attempt_ended, metrics.upstream_failed),
+            relay=Relay(
+                catalog,
+                admission,
+                ledger,
+                self.drain,
+                counter,
+                metrics.attempt_ended,
+                metrics.upstream_failed,
+                settings.limits.max_output_tokens,
+            ),
             drain=self.drain,
             readiness=readiness,
         )
         opening = asyncio.create_task(_bring_up(database, readiness, auto_migrate=settings.database.auto_migrate))
         try:
             await asyncio.wait({opening}, timeout=3)
+            admission.start()
             ledger.start()
             catalog.start()
             metrics.watch(database, ledger)
@@ -126,6 +140,7 @@ class Gateway:
             await asyncio.gather(opening, return_exceptions=True)
             await ledger.aclose()
             await admission.aclose()
+            await watch.aclose()
             await catalog.aclose()
             for transport in transports.values():
                 await transport.aclose()
@@ -175,10 +190,10 @@ async def _bring_up(database: Database, readiness: Readiness, *, auto_migrate: b
         attempt += 1
 
 
-def _auth(settings: Settings, database: Database, admission: Admission) -> Auth:
+def _auth(settings: Settings, database: Database, watch: KeyWatch) -> Auth:
     return Auth(
         database,
-        admission,
+        watch,
         mode=settings.auth.mode,
         admin_key=settings.auth.admin_key.get_secret_value(),
         allowed_hosts=settings.server.allowed_hosts,

@@ -1,32 +1,48 @@
 """Who is asking: credentials to Caller, word by word as the contract's section 2 says.
 
 A key travels in `Authorization: Bearer`, `x-api-key` or `api-key`. It is looked up by its digest and compared in
-constant time. What a worker has looked up it keeps until the `revision` of the keys moves; the revision is read on
-every call (`admission`), so a revoked key is refused everywhere at once.
+constant time. What a worker has looked up it keeps (`known_keys`) until the `revision` of the keys moves, which it
+knows for a moment at a time (`key_watch`), so a revoked key is refused everywhere within a second. A call that learns
+of a newer revision on its way asks `again`.
 
-`auto` lets a request go without a key only while nobody but this machine can be asking: see `_keyless_refusal`.
+`auto` lets a request go without a key only while nobody but this machine can be asking: see `_keyless_refusal`. An
+address that sends many wrong keys (`wrong_keys`) is told to wait, once a key of its is known to be wrong.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import string
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from gateway.admission import Admission
-from gateway.errors import BadRequest, PermissionDenied, Unauthenticated
-from gateway.store import keys
+from gateway.addresses import client_address, is_loopback, neighbourhood
+from gateway.caller import Caller, KeyLimits
+from gateway.errors import BadRequest, RateLimited, Unauthenticated
+from gateway.key_watch import KeyWatch
+from gateway.known_keys import MOST_REMEMBERED, KnownKeys
 from gateway.store.database import Database
 from gateway.store.keys import KeyState, StoredKey
+from gateway.wrong_keys import WrongKeys
+
+__all__ = [
+    "ADMIN_USER",
+    "DEFAULT_USER",
+    "Auth",
+    "Caller",
+    "KeyLimits",
+    "Peer",
+    "credential",
+    "digest",
+    "new_key",
+    "refuse_key_in_query",
+]
 
 DEFAULT_USER = "default"
 ADMIN_USER = "admin"
@@ -37,33 +53,24 @@ _HOST = re.compile(r"(?:\[(?P<ip6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)
 _FORWARDING = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|via")
 _KEY_PARAMETERS = frozenset({"api_key", "api-key", "apikey", "key", "access_token", "x-api-key", "authorization"})
 _HOW_TO = "Make one with `gateway keys create --user NAME` and send it as `Authorization: Bearer sk-...`."
-_MOST_REMEMBERED = 10_000
 _ALPHABET = string.ascii_letters + string.digits + "-_"
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """A principal: whose tokens these are and what it may do. `models` None: all of them."""
-
-    user_id: str
-    key_id: str | None = None
-    is_admin: bool = False
-    models: frozenset[str] | None = None
-
-    def check_model(self, name: str, alias: str | None = None) -> None:
-        """The key must name the model, or the alias that it was asked by. Raises PermissionDenied."""
-        if self.models is not None and not self.models & {name, alias or name}:
-            raise PermissionDenied(f"This key may not use the model '{alias or name}'.", param="model")
 
 
 @dataclass(slots=True)
 class Peer:
-    """What the socket and the headers say about where a request comes from. Names are lower case, as ASGI has them."""
+    """What the socket and the headers say about where a request comes from. Names are lower case, as ASGI has them.
+    What proxies say of where it comes from counts for one thing only: whose wrong keys these are."""
 
     client: str | None
     server: str | None
     headers: Headers
     query: bytes = b""
+    trusted_proxies: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        """Of the client, as far as trusted proxies tell."""
+        return neighbourhood(client_address(self.client, self.headers, self.trusted_proxies))
 
     def values(self, name: bytes) -> list[str]:
         return [_text(value) for key, value in self.headers if key == name]
@@ -88,77 +95,99 @@ class Auth:
     def __init__(
         self,
         database: Database,
-        admission: Admission,
+        watch: KeyWatch,
         *,
         mode: Mode,
         admin_key: str = "",
         allowed_hosts: Iterable[str] = (),
         allowed_origins: Iterable[str] = (),
     ) -> None:
-        self._database = database
-        self._admission = admission
+        self._watch = watch
         self._mode = mode
         self._admin_digest = digest(admin_key) if admin_key else None
         hosts = [host.lower() for host in allowed_hosts]
         self._hosts = frozenset(hosts) | {host.strip("[]") for host in hosts}
         self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins if origin != "*")
-        self._known: OrderedDict[str, tuple[StoredKey, Caller] | None] = OrderedDict()
-        self._revision = -1
+        self._keys = KnownKeys(database)
+        self._wrong = WrongKeys()
+        self._keyless = Caller(DEFAULT_USER)
+        self._ignored: set[str] = set()
 
     async def identify(self, peer: Peer) -> Caller:
-        """Raises Unauthenticated, BadRequest, or DatabaseUnavailable: a silent database never lets anyone in."""
+        """Raises Unauthenticated, BadRequest, RateLimited, or DatabaseUnavailable: a silent database never lets anyone
+        in. In mode `open` nothing is asked of it here."""
         refuse_key_in_query(peer.query)
         if self._mode == "open":
-            await self._admission.check()
-            return Caller(DEFAULT_USER)
-        state = await self._admission.check()
+            return self._keyless
+        state = await self._watch.state()
         refusal = self._keyless_refusal(peer, state)
+        if refusal is None and self._is_news(peer):
+            state = await self._watch.look()
+            refusal = self._keyless_refusal(peer, state)
         if refusal is None:
-            return Caller(DEFAULT_USER)
+            return self._without_key(state)
         key = credential(peer)
         if key is None:
-            raise Unauthenticated(f"This gateway needs an API key{refusal}. {_HOW_TO}", log="no key")
-        return await self._by_key(key, state)
+            raise _no_key(refusal)
+        found = digest(key)
+        if self._is_admin(found):
+            return Caller(ADMIN_USER, None, is_admin=True, revision=state.revision)
+        caller = await self._by_digest(found, state)
+        if caller is not None:
+            return caller
+        wait = self._wrong.count(peer.address)
+        if wait:
+            raise RateLimited("Too many wrong API keys came from this address.", retry_after=wait, log="wrong keys")
+        raise _unknown_key()
+
+    async def again(self, caller: Caller, state: KeyState) -> Caller:
+        """The same caller under a newer state of the keys. Raises Unauthenticated if its key is not good any more, or
+        if it has none and needs one by now, and DatabaseUnavailable."""
+        self._watch.tell(state)
+        if caller.digest is not None:
+            found = await self._by_digest(caller.digest, state)
+            if found is None:
+                raise _unknown_key()
+            return found
+        if caller.is_admin:
+            return replace(caller, revision=state.revision)
+        if self._mode != "open" and state.ever_made:
+            raise _no_key()
+        return self._without_key(state)
 
     def is_configured_admin(self, peer: Peer) -> bool:
         """Does the request carry the admin key of the configuration? Asks no database: for when it is down."""
-        try:
-            key = credential(peer)
-        except (BadRequest, Unauthenticated):
-            return False
+        key = _any_credential(peer)
         return key is not None and self._is_admin(digest(key))
 
     def _is_admin(self, key_digest: str) -> bool:
         return self._admin_digest is not None and hmac.compare_digest(key_digest, self._admin_digest)
 
-    async def _by_key(self, key: str, state: KeyState) -> Caller:
-        found = digest(key)
-        if self._is_admin(found):
-            return Caller(ADMIN_USER, None, is_admin=True)
-        if state.revision != self._revision:
-            self._known.clear()
-            self._revision = state.revision
-        known = self._known[found] if found in self._known else await self._lookup(found, state)
-        if known is not None:
-            stored, caller = known
-            if hmac.compare_digest(found, stored.digest) and stored.usable(int(time.time() * 1000)):
-                return caller
-        raise Unauthenticated(f"The API key is not valid, or no longer. {_HOW_TO}", log="unknown key")
+    async def _by_digest(self, found: str, state: KeyState) -> Caller | None:
+        known = await self._keys.find(found, state)
+        return known.caller if known is not None and _opens(found, known.key) else None
 
-    async def _lookup(self, key_digest: str, state: KeyState) -> tuple[StoredKey, Caller] | None:
-        stored = await keys.by_digest(self._database, key_digest)
-        known = None if stored is None else (stored, _caller(stored))
-        if state.revision == self._revision:
-            self._known[key_digest] = known
-            if len(self._known) > _MOST_REMEMBERED:
-                self._known.popitem(last=False)
-        return known
+    def _is_news(self, peer: Peer) -> bool:
+        """Does a request that needs no key send one that no other has sent? It may be the first, made just now."""
+        key = _any_credential(peer)
+        found = "" if key is None else digest(key)
+        if key is None or found in self._ignored:
+            return False
+        if len(self._ignored) >= MOST_REMEMBERED:
+            self._ignored.clear()
+        self._ignored.add(found)
+        return True
+
+    def _without_key(self, state: KeyState) -> Caller:
+        if self._keyless.revision != state.revision:
+            self._keyless = Caller(DEFAULT_USER, revision=state.revision)
+        return self._keyless
 
     def _keyless_refusal(self, peer: Peer, state: KeyState) -> str | None:
         """None: this request may go without a key. Otherwise why not, as the end of a sentence."""
         if self._mode == "keys" or state.ever_made or self._admin_digest is not None:
             return ""
-        if not (_is_loopback(peer.client) and _is_loopback(peer.server)):
+        if not (is_loopback(peer.client) and is_loopback(peer.server)):
             return " from other machines"
         if any(_FORWARDING.fullmatch(name) for name, _ in peer.headers):
             return " behind a proxy"
@@ -180,12 +209,20 @@ class Auth:
             name = urlsplit(origin).hostname
         except ValueError:
             return False
-        return name is not None and (name == "localhost" or _is_loopback(name))
+        return name is not None and (name == "localhost" or is_loopback(name))
 
 
-def _caller(stored: StoredKey) -> Caller:
-    models = None if stored.models is None else frozenset(stored.models)
-    return Caller(stored.user_id, stored.id, stored.is_admin, models)
+def _opens(found: str, key: StoredKey) -> bool:
+    now = int(time.time() * 1000)
+    return key.usable(now) and any(hmac.compare_digest(found, good) for good in key.accepts(now))
+
+
+def _no_key(why: str = "") -> Unauthenticated:
+    return Unauthenticated(f"This gateway needs an API key{why}. {_HOW_TO}", log="no key")
+
+
+def _unknown_key() -> Unauthenticated:
+    return Unauthenticated(f"The API key is not valid, or no longer. {_HOW_TO}", log="unknown key")
 
 
 def credential(peer: Peer) -> str | None:
@@ -207,6 +244,13 @@ def credential(peer: Peer) -> str | None:
     return found.pop() if found else None
 
 
+def _any_credential(peer: Peer) -> str | None:
+    try:
+        return credential(peer)
+    except (BadRequest, Unauthenticated):
+        return None
+
+
 def refuse_key_in_query(query: bytes) -> None:
     """URLs end up in logs and histories: a key in one is refused, whatever the mode."""
     if not query:
@@ -224,12 +268,3 @@ def _host_name(host: str) -> str:
     """Without its port; `[::1]:8000` is `::1`. Empty if it is no host."""
     found = _HOST.fullmatch(host.lower())
     return (found["ip6"] or found["name"]) if found is not None else ""
-
-
-def _is_loopback(address: str | None) -> bool:
-    try:
-        found = ipaddress.ip_address(address or "")
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback

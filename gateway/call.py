@@ -16,12 +16,15 @@ Rules (contract, sections 4 and 8; design, decisions 3, 5, 6):
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from gateway import estimates
+from gateway.admission import Admission, Demand, Ticket
 from gateway.auth import Caller
 from gateway.catalog import Catalog, Model, Route
 from gateway.conversations import Talk
@@ -75,14 +78,16 @@ class Reply:
 @dataclass(frozen=True, slots=True)
 class Relay:
     """What every call needs. One for each worker. `observe` is told of each attempt that is over, `failed` of each
-    failure of a backend, by its name."""
+    failure of a backend, by its name. `max_output_tokens`: of an answer that neither request nor model limits."""
 
     catalog: Catalog
+    admission: Admission
     ledger: Ledger
     drain: Drain
     counter: TokenCounter
     observe: Callable[[UsageRow], None] = lambda row: None
     failed: Callable[[str, UpstreamError], None] = lambda backend, failure: None
+    max_output_tokens: int = 4096
 
 
 class Call(Generic[R]):
@@ -92,6 +97,7 @@ class Call(Generic[R]):
         self.job: Job[R] = job
         self.route: Route | None = None
         self.stopped: StopReason | None = None
+        self.ticket = Ticket()
         self._relay = relay
         self._meter = Meter(job.request_id, job.caller, job.end_user, job.at, stream=job.request.stream)
         self._name = job.model.name
@@ -139,7 +145,34 @@ class Call(Generic[R]):
 
     # --- attempts
 
+    async def _admit(self) -> None:
+        """Takes what the call needs of its limits. Raises GatewayError."""
+        job = self.job
+        self.ticket = await self._relay.admission.admit(job.caller, job.end_user, self._demand)
+
+    def _demand(self, priced: bool) -> Demand:
+        relay, job, request = self._relay, self.job, self.job.request
+        read = estimates.input_tokens(request)
+        written = estimates.output_tokens(request, job.model.max_output_tokens or relay.max_output_tokens)
+        if not priced:
+            return Demand(read + written)
+        routes = relay.catalog.routes(job.model)
+        return Demand(read + written, estimates.cost(routes, job.at, read, written, request.data.get("service_tier")))
+
+    def _give_back(self) -> None:
+        """At the end of every call, however it ended: what no turn has taken along."""
+        if self.ticket.holds:
+            self._relay.admission.release(self._relay.admission.settle(self.ticket, 0, 0))
+
+    @contextlib.contextmanager
+    def _giving_back(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._give_back()
+
     async def _try_routes(self, call: Callable[[Route, R], Coroutine[Any, Any, T]]) -> T:
+        await self._admit()
         plan = list(self._relay.catalog.attempts(self.job.model, self.job.request.operation))
         if len(plan) == 1:
             plan *= 2
@@ -276,7 +309,8 @@ class Call(Generic[R]):
             )
         for earlier in self._meter.rows:
             earlier.conversation_id = row.conversation_id
-        await self._relay.ledger.record(Turn(self._meter.rows, conversation))
+        settlements = self._relay.admission.settle(self.ticket, *self._meter.charged())
+        await self._relay.ledger.record(Turn(self._meter.rows, conversation, settlements))
 
     def _row(self, outcome: Outcome, *, charged: bool = True) -> UsageRow:
         assert self.route is not None

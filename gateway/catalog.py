@@ -51,11 +51,13 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A public name: its routes, and the names that are tried when all of them fail."""
+    """A public name: its routes, and the names that are tried when all of them fail. `max_output_tokens`: of an answer
+    that nobody limits, at most."""
 
     name: str
     routes: Sequence[Route]
     fallbacks: Sequence[str] = ()
+    max_output_tokens: int | None = None
 
 
 @dataclass(slots=True)

@@ -188,7 +188,7 @@ def _model(name: str, settings: ModelSettings, providers: Mapping[str, Provider]
     own = providers.get(settings.backend or "")
     if own is not None:
         routes.append(own.route(settings.model or name, _price(settings.price), on_disconnect=settings.on_disconnect))
-    return Model(name, routes, settings.fallbacks)
+    return Model(name, routes, settings.fallbacks, settings.max_output_tokens)
 
 
 def _price(settings: PriceSettings | None) -> Priced | None:

@@ -52,6 +52,8 @@ __all__ = [
     "BACKEND_TYPES",
     "PLUGINS",
     "BackendSettings",
+    "Budget",
+    "BudgetSettings",
     "DatabaseSettings",
     "LimitSettings",
     "ModelSettings",
@@ -149,6 +151,7 @@ class ModelSettings(Section):
     routes: tuple[RouteSettings, ...] = ()
     fallbacks: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    max_output_tokens: int | None = Field(None, ge=1, le=10**9)
     on_disconnect: Literal["drain", "cancel"] | None = None
 
 
@@ -187,14 +190,41 @@ class StorageSettings(Section):
         return None if url is None else base_url(url)
 
 
-class LimitSettings(Section):
-    """None: no limit. `burst` None: one minute's worth."""
+_MOST = 10**12
 
-    requests_per_minute: int | None = Field(600, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)
-    max_parallel: int | None = Field(None, ge=1)
-    burst: int | None = Field(None, ge=1)
+
+class LimitSettings(Section):
+    """None: no limit. Bursts are sizes of buckets, of requests and of tokens; None: one minute's worth.
+
+    `max_output_tokens`: what a call is taken to produce at most, if neither it nor its model says.
+    """
+
+    requests_per_minute: int | None = Field(600, ge=1, le=_MOST)
+    tokens_per_minute: int | None = Field(None, ge=1, le=_MOST)
+    max_parallel: int | None = Field(None, ge=1, le=_MOST)
+    burst: int | None = Field(None, ge=1, le=_MOST)
+    token_burst: int | None = Field(None, ge=1, le=_MOST)
+    max_output_tokens: int = Field(4096, ge=1, le=10**9)
     store: Literal["auto", "memory", "database"] = "auto"
+
+
+class Budget(Section):
+    """Money that may be spent in each period (UTC)."""
+
+    usd: Decimal = Field(gt=0, le=10**9)
+    period: Literal["day", "month", "total"] = "month"
+
+    @property
+    def nanousd(self) -> int:
+        return int(self.usd * 10**9)
+
+
+class BudgetSettings(Section):
+    """`key`: of every key that has none of its own, and of the keyless user; `gateway`: of all calls together."""
+
+    key: Budget | None = None
+    gateway: Budget | None = None
+    allow_unpriced: bool = False
 
 
 class ConversationSettings(Section):
@@ -222,6 +252,7 @@ class WrittenSettings(Section):
     database: DatabaseSettings = DatabaseSettings()
     storage: StorageSettings = StorageSettings()
     limits: LimitSettings = LimitSettings()
+    budgets: BudgetSettings = BudgetSettings()
     conversations: ConversationSettings = ConversationSettings()
     files: FileSettings = FileSettings()
     max_input_length: int | None = Field(None, ge=1)
@@ -232,15 +263,17 @@ class Settings(WrittenSettings):
     """What the gateway runs with: `backends` are those that are on; `prices` are of models without an entry.
 
     `probe_ollama`: nobody wrote a backend, so an Ollama that answers on its usual address is one, too.
+    `alone`: no other worker or host uses the database, as far as the one who starts us knows.
     """
 
     prices: dict[str, PriceSettings] = {}
     probe_ollama: bool = False
+    alone: bool = False
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """The effective settings as YAML, without secrets."""
-        hidden = {"notes", "probe_ollama", *(() if self.prices else ("prices",))}
+        hidden = {"notes", "probe_ollama", "alone", *(() if self.prices else ("prices",))}
         shown = {name: _shown(value) for name, value in self if name not in hidden}
         return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=120)
 
@@ -421,7 +454,5 @@ def _finished(
         backends["scripted"] = BackendSettings(type="scripted")
         why = "every backend is off" if off else "no backend is configured"
         notes.append(f"the built-in model `echo` answers, because {why}")
-    if written.limits != LimitSettings():
-        notes.append("limits.* is read but not enforced yet")
     found = {"backends": backends, "prices": prices, "probe_ollama": probe_ollama, "notes": tuple(notes)}
     return Settings(**values | found)

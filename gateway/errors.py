@@ -10,6 +10,8 @@
       NotFound                404
         ModelNotFound         404
       MethodNotAllowed        405
+      RateLimited             429  too much at once: it goes through after a while
+      QuotaExceeded           429  the money is spent: waiting a moment does not help
       Unavailable             503  ours: draining, or something we need is down
         DatabaseUnavailable   503
       NotRecorded             503  the answer exists but could not be made durable: repeating costs twice
@@ -25,6 +27,7 @@ to the log only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 UNSENT = "ended before it was sent"
@@ -43,6 +46,8 @@ __all__ = [
     "NotFound",
     "NotRecorded",
     "PermissionDenied",
+    "QuotaExceeded",
+    "RateLimited",
     "Unauthenticated",
     "Unavailable",
     "Unprocessable",
@@ -124,6 +129,44 @@ class MethodNotAllowed(GatewayError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class RateLimited(GatewayError):
+    """More than the caller may have just now; `retry_after` (seconds) says when it would go through. `type` says what
+    there was too much of: `requests` or `tokens`."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float,
+        type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        log: str | None = None,
+    ) -> None:
+        when = {
+            "retry-after": str(max(1, math.ceil(retry_after))),
+            "retry-after-ms": str(max(1, math.ceil(retry_after * 1000))),
+        }
+        super().__init__(message, headers={**(headers or {}), **when}, log=log)
+        self.retry_after = retry_after
+        if type is not None:
+            self.type = type
+
+
+class QuotaExceeded(GatewayError):
+    """A budget is spent, or cannot hold the call. OpenAI's clients do not repeat it."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def __init__(self, message: str, *, headers: Mapping[str, str] | None = None, log: str | None = None) -> None:
+        super().__init__(message, headers={**(headers or {}), "x-should-retry": "false"}, log=log)
 
 
 class Unavailable(GatewayError):

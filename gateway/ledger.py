@@ -1,7 +1,8 @@
 """Group commit of finished turns. Nothing is acknowledged before it is durable.
 
 All turns that finish while a commit is on its way go into the next one: no artificial wait, one transaction for many.
-A turn is its usage rows, its messages and the totals of its conversation and session, all or nothing.
+A turn is its usage rows, its messages, the totals of its conversation and session, and what it gives back of its
+limits, all or nothing.
 
 - A failed commit always reaches its waiters: `record` ends with NotRecorded after `DEADLINE` seconds at the latest.
 - The turn itself is kept and tried again until the database takes it: the client was told, the money row is not lost.
@@ -18,13 +19,14 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ids import ordered_hex
-from gateway.store import conversations, sessions, usage
+from gateway.limits import Settlement, summed
+from gateway.store import conversations, limits, sessions, usage
 from gateway.store.conversations import ConversationTurn
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
 from gateway.store.sessions import SessionTotals
@@ -51,6 +53,8 @@ class Turn:
 
     usage: Sequence[UsageRow]
     conversation: ConversationTurn | None = None
+    settlements: Sequence[Settlement] = ()
+    """What becomes of what it held of its limits."""
     settled: bool = field(default=False, compare=False)
     """It is durable, or never will be."""
     waiter: asyncio.Future[None] | None = field(default=None, compare=False)
@@ -76,8 +80,15 @@ class LedgerMetrics(Protocol):
 class Ledger:
     """One committer for each worker. `async with` it inside the running loop."""
 
-    def __init__(self, database: Database, metrics: LedgerMetrics | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        metrics: LedgerMetrics | None = None,
+        lost: Callable[[Sequence[Settlement]], None] = lambda settlements: None,
+    ) -> None:
+        """`lost` gets the settlements of a turn that cannot be written."""
         self._database = database
+        self._lost = lost
         self._metrics = metrics
         self._waiting: list[Turn] = []
         self._waiting_bytes = 0
@@ -229,6 +240,7 @@ class Ledger:
             known = isinstance(failure, RowRejected)
             log.error("turn not recorded (%s): %s", failure, _figures(turn), exc_info=not known)
             _settle(turn, NotRecorded(log=str(failure)))
+            self._lost(turn.settlements)
         else:
             _settle(turn, None)
 
@@ -240,6 +252,7 @@ class Ledger:
         steps.append(sessions.add_totals(_session_totals(turns)))
         named = [turn for turn in turns if turn.is_new and turn.is_named]
         steps.append(sessions.count_named((turn.session_id, turn.pk) for turn in named if turn.session_id is not None))
+        steps.append(limits.settlement_step(summed(one for turn in batch for one in turn.settlements)))
         size = sum(turn.size for turn in batch)
         await self._database.write(steps, timeout=COMMIT_SECONDS + size / BYTES_PER_SECOND)
 

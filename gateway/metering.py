@@ -74,6 +74,17 @@ class Meter:
         self.rows.append(row)
         return row
 
+    def charged(self) -> tuple[int, int | None]:
+        """What counts against the caller's limits: tokens, and nano-dollars; None: something was used, and nobody knows
+        what it costs."""
+        tokens, cost, unknown = 0, 0, False
+        for row in self.rows:
+            if row.charged:
+                tokens += row.input_tokens + row.output_tokens
+                cost += row.cost_nanousd or 0
+                unknown = unknown or row.cost_nanousd is None
+        return tokens, None if unknown else cost
+
 
 def timings(outcome: Outcome, row: UsageRow) -> dict[str, float | int]:
     """llama.cpp's figures, as far as they can be told from outside: tokens, milliseconds, tokens per second."""

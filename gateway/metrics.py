@@ -65,6 +65,15 @@ TURN_SECONDS = _histogram(
     "ledger_turn_wait_seconds", "Time that a finished turn waited until it was durable.", bounds=COMMIT
 )
 TURNS_REFUSED = _counter("ledger_turns_not_recorded", "Turns whose client was told that they are not recorded.")
+ADMITTED = _counter("calls_admitted", "Calls that were let in.")
+REFUSED = _counter("calls_refused", "Calls that a limit kept out, by its kind.", ("reason",))
+TOKENS_RESERVED = _counter(
+    "limit_tokens_reserved", "Tokens that calls might have used at most, where those are limited."
+)
+TOKENS_SETTLED = _counter("limit_tokens_settled", "Tokens that those calls have used.")
+USD_RESERVED = _counter("limit_usd_reserved", "US dollars that calls might have cost at most, where there is a budget.")
+USD_SETTLED = _counter("limit_usd_settled", "US dollars that those calls have cost.")
+ADMISSION_SECONDS = _histogram("admission_wait_seconds", "Time that a call waited to be let in.", bounds=COMMIT)
 BUILD_INFO = _gauge("build_info", "The version that runs.", ("version",), combine=max)
 REQUESTS_RUNNING = _gauge("requests_in_progress", "Requests that have begun and not ended.")
 STREAMS_OPEN = _gauge("event_streams_open", "Replies that are streams of events and not ended.")
@@ -117,6 +126,10 @@ class Metrics:
         self._commit_failures = self._totals.cells(COMMIT_FAILURES)
         self._turn_seconds = self._totals.histogram(TURN_SECONDS)
         self._turns_refused = self._totals.cells(TURNS_REFUSED)
+        self._admitted = self._totals.cells(ADMITTED)
+        self._admission_seconds = self._totals.histogram(ADMISSION_SECONDS)
+        self._reserved = self._totals.cells(TOKENS_RESERVED), self._totals.cells(USD_RESERVED)
+        self._settled = self._totals.cells(TOKENS_SETTLED), self._totals.cells(USD_SETTLED)
         self._gauges.cells(BUILD_INFO, version)[0] = 1
 
     def watch(self, database: Database, ledger: Ledger) -> None:
@@ -202,6 +215,23 @@ class Metrics:
         if found is None:
             found = self._by_model[backend, model] = _ModelMetrics(self._totals, backend, model)
         return found
+
+    # --- admission
+
+    def admitted(self, seconds: float) -> None:
+        self._admitted[0] += 1.0
+        self._admission_seconds.observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        self._totals.cells(REFUSED, reason)[0] += 1.0
+
+    def reserved(self, tokens: int, nanousd: int) -> None:
+        self._reserved[0][0] += tokens
+        self._reserved[1][0] += nanousd / 1e9
+
+    def settled(self, tokens: int, nanousd: int) -> None:
+        self._settled[0][0] += tokens
+        self._settled[1][0] += nanousd / 1e9
 
     # --- the ledger
 

@@ -61,8 +61,12 @@ class OperationExchange(Call[OperationRequest]):
             self.ended = True
             self._stop_timer()
             raise await self._record_failure(failure) from None
+        finally:
+            if self._reply is None:
+                self._give_back()
         if self.length is not None:
-            return await self._whole(first)
+            with self._giving_back():
+                return await self._whole(first)
         return self._hold(first)
 
     async def read(self, write: Callable[[bytes], bool] | None = None) -> bytes:
@@ -75,6 +79,7 @@ class OperationExchange(Call[OperationRequest]):
 
     async def close(self) -> None:
         self._stop_timer()
+        self._give_back()
         if self._reply is not None:
             await self._reply.close()
 

@@ -92,6 +92,12 @@ class Price:
                 total += tokens * each
         return (total + _MILLION // 2) // _MILLION
 
+    def most(self, input_tokens: int, output_tokens: int) -> int | None:
+        """Nano-dollars that no call with so many tokens, of whatever kind, costs more than; None if nobody knows."""
+        bounds = [price._most(input_tokens, output_tokens) for price in (self, *(tier.price for tier in self.tiers))]
+        known = [bound for bound in bounds if bound is not None]
+        return max(known) if len(known) == len(bounds) else None
+
     def to_json(self) -> str:
         """As stored on the row: nano-dollars per million tokens, only what was said, with all tiers."""
         if not self._json:
@@ -116,6 +122,23 @@ class Price:
             yield thought, _either(self.reasoning, self.output)
             yield spoken, _either(self.audio_output, self.output)
             yield drawn, _either(self.image_output, self.output)
+
+    def _most(self, input_tokens: int, output_tokens: int) -> int | None:
+        if (input_tokens and self.input is None) or (output_tokens and self.output is None):
+            return None
+        read = (
+            self.input,
+            self.cached_input,
+            self.cache_write,
+            self.cache_write_1h,
+            self.audio_input,
+            self.image_input,
+        )
+        written = (self.output, self.reasoning, self.audio_output, self.image_output)
+        total = (self.requests or 0) * _MILLION
+        for tokens, prices in ((input_tokens, read), (output_tokens, written)):
+            total += tokens * max((price for price in prices if price is not None), default=0)
+        return -(-total // _MILLION)
 
     def _reached(self, input_tokens: int) -> Price:
         reached = self

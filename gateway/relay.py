@@ -30,7 +30,7 @@ class Exchange(Call[ChatRequest]):
 
     async def complete(self) -> Reply:
         """The whole reply, recorded. Raises GatewayError."""
-        with self._relay.drain.entered(self.interrupt):
+        with self._relay.drain.entered(self.interrupt), self._giving_back():
             try:
                 completion = await self._try_routes(self._complete_once)
             except GatewayError as failure:
@@ -105,6 +105,9 @@ class StreamExchange(Exchange):
             self.ended = True
             self._stop_timer()
             raise await self._record_failure(failure) from None
+        finally:
+            if self._stream is None:
+                self._give_back()
 
     async def read(self, write: Callable[[bytes], bool] | None = None) -> bytes:
         """The next bytes; may be empty. The last ones come after the turn is durable. Raises GatewayError, recorded.
@@ -121,6 +124,7 @@ class StreamExchange(Exchange):
 
     async def close(self) -> None:
         self._stop_timer()
+        self._give_back()
         if self._stream is not None:
             await self._stream.close()
 

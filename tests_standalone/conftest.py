@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 import pytest
 
+from gateway.admission import Admission
+from gateway.allowances import Allowances
+from gateway.auth import Auth
+from gateway.caller import Caller, KeyLimits
 from gateway.errors import DatabaseUnavailable
+from gateway.key_watch import KeyWatch
+from gateway.limits import Account
+from gateway.limits_memory import MemoryBook
 from gateway.store.connect import database_at
 from gateway.store.database import Database, Row, Step, Transaction, Value
 from gateway.store.keys import StoredKey
@@ -200,3 +207,14 @@ def stored_key(**changes: Any) -> StoredKey:
         budget_nanousd=None, budget_period=None, created_at=NOON, expires_at=None,
     )  # fmt: skip
     return replace(key, **changes)
+
+
+def no_limits() -> Admission:
+    """Lets every call in, and asks no database."""
+    nowhere = database_at("sqlite:///nowhere.db")
+    watch = KeyWatch(nowhere)
+
+    async def spent(account: Account, caller: Caller) -> int:
+        return 0
+
+    return Admission(Allowances(KeyLimits()), Auth(nowhere, watch, mode="open"), watch, MemoryBook(), spent)

@@ -1,129 +1,316 @@
-"""Callers in, one round trip for all that wait, never an answer from before."""
+"""Callers in, one round trip for all that wait; what a call holds is given back exactly once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from gateway.admission import Admission
-from gateway.errors import DatabaseUnavailable
-from gateway.store import keys
+from gateway.admission import Admission, Demand, Ticket
+from gateway.allowances import Allowances
+from gateway.auth import Auth
+from gateway.caller import Caller, KeyLimits
+from gateway.compose_limits import DatabaseBook
+from gateway.errors import DatabaseUnavailable, PermissionDenied, QuotaExceeded, RateLimited, Unauthenticated
+from gateway.key_watch import KeyWatch
+from gateway.limits import Account, Batch, Verdict
+from gateway.limits_memory import MemoryBook
+from gateway.pulse import Pulse
+from gateway.store import keys, limits
 from gateway.store.database import Database
-from gateway.store.keys import KeyState
-from tests_standalone.conftest import Unsteady, settle, stored_key
+from tests_standalone.conftest import rows, settle, stored_key
+
+ANN = Caller("ann")
+
+
+class Line:
+    """The book in the database behind a line that a test can hold up, break, or cut after the work is done."""
+
+    def __init__(self, database: Database) -> None:
+        self._book = DatabaseBook(database)
+        self._open = asyncio.Event()
+        self._open.set()
+        self.down = False
+        self.lose_answers = 0
+        self.batches: list[Batch] = []
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    def let_go(self) -> None:
+        self._open.set()
+
+    async def admit(self, batch: Batch) -> Verdict:
+        if batch.claims or batch.settlements:
+            self.batches.append(batch)
+        await self._open.wait()
+        if self.down:
+            raise DatabaseUnavailable("told to be down")
+        verdict = await self._book.admit(batch)
+        if self.lose_answers and batch.claims:
+            self.lose_answers -= 1
+            raise DatabaseUnavailable("the answer was lost")
+        return verdict
+
+    async def sweep(self, worker: str) -> None:
+        await self._book.sweep(worker)
+
+
+class Stand:
+    """Admission as the application has it, over a database or in memory."""
+
+    def __init__(self, database: Database, default: KeyLimits, *, memory: bool = False, allow: bool = False) -> None:
+        self.database = database
+        self.watch = KeyWatch(database)
+        self.auth = Auth(database, self.watch, mode="keys")
+        self.line = Line(database)
+        self.seeds: list[str] = []
+        self.seed = 0
+        book = MemoryBook() if memory else self.line
+        self.now = 1000.0
+        pulse = Pulse(lambda: self.now)
+        self.admission = Admission(
+            Allowances(default), self.auth, self.watch, book, self._spent, allow_unpriced=allow, pulse=pulse
+        )
+
+    async def _spent(self, account: Account, caller: Caller) -> int:
+        self.seeds.append(account.subject)
+        return self.seed
+
+    async def admit(self, tokens: int = 0, cost: int | None = 0, caller: Caller = ANN) -> Ticket:
+        return await self.admission.admit(caller, None, lambda priced: Demand(tokens, cost))
+
+    def give_back(self, ticket: Ticket, tokens: int = 0, cost: int | None = 0) -> None:
+        self.admission.release(self.admission.settle(ticket, tokens, cost))
+
+    async def held(self) -> list[tuple[int, int, int]]:
+        return await rows(self.database, "SELECT slots, tokens, cost_nanousd FROM limit_holds WHERE slots > 0")
+
+
+@pytest.fixture(params=["memory", "database"])
+async def make(request: pytest.FixtureRequest, migrated: Database) -> AsyncIterator[Callable[[KeyLimits], Stand]]:
+    made: list[Stand] = []
+
+    def one(default: KeyLimits, *, allow: bool = False) -> Stand:
+        made.append(Stand(migrated, default, memory=request.param == "memory", allow=allow))
+        return made[-1]
+
+    yield one
+    for stand in made:
+        stand.line.let_go()
+        await stand.admission.aclose()
 
 
 @pytest.fixture
-async def unsteady(sqlite: Database) -> AsyncIterator[Unsteady]:
-    found = Unsteady(sqlite)
+async def stand(migrated: Database) -> AsyncIterator[Stand]:
+    """Three slots, in the database."""
+    found = Stand(migrated, KeyLimits(max_parallel=3))
     yield found
-    found.let_go()
+    found.line.let_go()
+    await found.admission.aclose()
 
 
-@pytest.fixture
-async def admission(unsteady: Unsteady) -> AsyncIterator[Admission]:
-    found = Admission(unsteady)
-    yield found
-    unsteady.let_go()
-    await found.aclose()
+Make = Callable[..., Stand]
 
 
-async def test_a_caller_gets_the_state_of_the_keys(admission: Admission, sqlite: Database) -> None:
-    assert await admission.check() == KeyState(0, False)
-    await keys.add(sqlite, stored_key())
-    assert await admission.check() == KeyState(1, True)
+async def test_as_many_are_let_in_as_there_are_slots_and_one_that_is_over_makes_room(make: Make) -> None:
+    stand = make(KeyLimits(max_parallel=2))
+    first = await stand.admit()
+    await stand.admit()
+    with pytest.raises(RateLimited):
+        await stand.admit()
+
+    stand.give_back(first)
+    await stand.admit()
+    with pytest.raises(RateLimited):
+        await stand.admit()
 
 
-async def test_callers_of_one_moment_share_a_round_trip(admission: Admission, unsteady: Unsteady) -> None:
-    answers = await asyncio.gather(*(admission.check() for _ in range(100)))
-    assert answers == [KeyState(0, False)] * 100
-    assert len(unsteady.fetched) == 1
+async def test_a_ticket_gives_back_once(make: Make) -> None:
+    stand = make(KeyLimits(max_parallel=1))
+    ticket = await stand.admit()
+    for _ in range(3):
+        stand.give_back(ticket)
+    await stand.admit()
+    with pytest.raises(RateLimited):
+        await stand.admit()
 
 
-async def test_who_comes_during_a_round_trip_gets_the_answer_of_a_later_one(
-    admission: Admission, unsteady: Unsteady, sqlite: Database
-) -> None:
-    """The first answer is on its way when a key is made and others come: it would tell them what was true before."""
-    unsteady.hold_answers()
-    first = asyncio.create_task(admission.check())
-    await asyncio.sleep(0.02)
-    await keys.add(sqlite, stored_key())
-    later = [asyncio.create_task(admission.check()) for _ in range(50)]
+async def test_tokens_are_settled_by_what_was_used(make: Make) -> None:
+    stand = make(KeyLimits(tokens_per_minute=100))
+    ticket = await stand.admit(tokens=100)
+    with pytest.raises(RateLimited) as refused:
+        await stand.admit(tokens=50)
+    assert refused.value.type == "tokens"
+
+    stand.give_back(ticket, tokens=40)
+    await stand.admit(tokens=60)
+    with pytest.raises(RateLimited):
+        await stand.admit(tokens=10)
+
+
+async def test_a_budget_is_reserved_and_then_spent(make: Make) -> None:
+    stand = make(KeyLimits(budget_nanousd=100, budget_period="total"))
+    ticket = await stand.admit(cost=80)
+    with pytest.raises(QuotaExceeded):
+        await stand.admit(cost=30)
+    stand.give_back(ticket, cost=50)
+    await stand.admit(cost=50)
+    with pytest.raises(QuotaExceeded):
+        await stand.admit(cost=1)
+
+
+async def test_a_cost_that_nobody_knows_is_what_was_reserved(make: Make) -> None:
+    stand = make(KeyLimits(budget_nanousd=100, budget_period="total"))
+    stand.give_back(await stand.admit(cost=80), cost=None)
+    with pytest.raises(QuotaExceeded):
+        await stand.admit(cost=21)
+    await stand.admit(cost=20)
+
+
+async def test_what_a_budget_has_cost_before_is_asked_once(make: Make) -> None:
+    stand = make(KeyLimits(budget_nanousd=100, budget_period="month"))
+    stand.seed = 70
+    with pytest.raises(QuotaExceeded):
+        await stand.admit(cost=31)
+    await stand.admit(cost=30)
+    assert stand.seeds == ["user:ann"]
+
+
+async def test_a_model_without_a_price_is_refused_under_a_budget_and_the_message_says_what_to_do(make: Make) -> None:
+    stand = make(KeyLimits(budget_nanousd=100, budget_period="total"))
+    with pytest.raises(PermissionDenied, match=r"models\.NAME\.price.*budgets\.allow_unpriced") as refused:
+        await stand.admit(cost=None)
+    assert refused.value.code == "price_unknown"
+    await make(KeyLimits(budget_nanousd=100, budget_period="total"), allow=True).admit(cost=None)
+
+
+async def test_nothing_is_estimated_where_nothing_depends_on_it(make: Make) -> None:
+    asked: list[bool] = []
+
+    def estimate(priced: bool) -> Demand:
+        asked.append(priced)
+        return Demand(1, 1)
+
+    await make(KeyLimits(requests_per_minute=60, max_parallel=3)).admission.admit(ANN, None, estimate)
+    assert asked == []
+    await make(KeyLimits(tokens_per_minute=60)).admission.admit(ANN, None, estimate)
+    assert asked == [False]
+
+
+async def test_the_reply_is_told_what_is_left(make: Make) -> None:
+    ticket = await make(KeyLimits(requests_per_minute=60)).admit()
+    told = dict(ticket.headers)
+    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("60", "59")
+
+
+async def test_callers_of_one_moment_share_a_round_trip(stand: Stand) -> None:
+    stand.line.hold()
+    first = asyncio.create_task(stand.admit())
     await settle()
-    assert len(unsteady.fetched) == 1
-
-    unsteady.let_go()
-    assert await first == KeyState(0, False)
-    assert await asyncio.gather(*later) == [KeyState(1, True)] * 50
-    assert len(unsteady.fetched) == 2
-
-
-async def test_a_failure_reaches_all_who_wait_and_the_next_caller_asks_again(
-    admission: Admission, unsteady: Unsteady
-) -> None:
-    unsteady.hold()
-    unsteady.down = True
-    tasks = [asyncio.create_task(admission.check()) for _ in range(3)]
+    others = [asyncio.create_task(stand.admit()) for _ in range(10)]
     await settle()
-    tasks += [asyncio.create_task(admission.check()) for _ in range(3)]
-    unsteady.let_go()
+    stand.line.let_go()
+
+    told = await asyncio.gather(first, *others, return_exceptions=True)
+    assert [type(found) for found in told] == [Ticket] * 3 + [RateLimited] * 8
+    assert [len(batch.claims) for batch in stand.line.batches] == [1, 10]
+
+
+async def test_who_stops_waiting_gives_back_what_was_granted_meanwhile(stand: Stand) -> None:
+    stand.line.hold()
+    tasks = [asyncio.create_task(stand.admit()) for _ in range(3)]
+    await settle()
+    for task in tasks[1:]:
+        task.cancel()
+    await settle()
+    stand.line.let_go()
+    await tasks[0]
+    await asyncio.gather(*(stand.admit() for _ in range(2)))
+    with pytest.raises(RateLimited):
+        await stand.admit()
+
+
+async def test_who_is_cancelled_with_the_answer_in_hand_gives_it_back(stand: Stand) -> None:
+    for _ in range(50):
+        task = asyncio.create_task(stand.admit())
+        while not stand.line.batches:
+            await asyncio.sleep(0)
+        task.cancel()
+        told = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(told[0], Ticket):
+            stand.give_back(told[0])
+        stand.line.batches.clear()
+    await asyncio.gather(*(stand.admit() for _ in range(3)))
+    with pytest.raises(RateLimited):
+        await stand.admit()
+
+
+async def test_a_failure_reaches_all_who_wait_and_the_next_caller_asks_again(stand: Stand) -> None:
+    stand.line.hold()
+    stand.line.down = True
+    tasks = [asyncio.create_task(stand.admit()) for _ in range(3)]
+    await settle()
+    tasks += [asyncio.create_task(stand.admit()) for _ in range(3)]
+    stand.line.let_go()
     told = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(failure) for failure in told] == [DatabaseUnavailable] * 6
 
-    unsteady.down = False
-    assert await admission.check() == KeyState(0, False)
+    stand.line.down = False
+    await stand.admit()
 
 
-async def test_a_failure_of_any_kind_leaves_nobody_waiting(admission: Admission, sqlite: Database) -> None:
-    await sqlite.write([("DELETE FROM gateway_state", [()])])
-    told = await asyncio.gather(admission.check(), admission.check(), return_exceptions=True)
-    assert all(isinstance(failure, Exception) for failure in told)
+async def test_what_a_lost_answer_may_have_taken_is_held_by_a_name_that_nobody_keeps_alive(stand: Stand) -> None:
+    running = await stand.admit()
+    stand.line.lose_answers = 1
+    with pytest.raises(DatabaseUnavailable):
+        await stand.admit()
+    await stand.admit()
+
+    names = await rows(stand.database, "SELECT worker, slots FROM limit_holds ORDER BY slots")
+    assert [slots for _, slots in names] == [1, 2]
+    assert {name for name, _ in names} == {*stand.admission.names, running.holds[0].worker}
+    stand.give_back(running)
+    assert running.holds == ()
+    assert [name for name, slots in names if slots == 1] == stand.admission.names
 
 
-@pytest.mark.parametrize(("down", "answer"), [(False, KeyState), (True, DatabaseUnavailable)])
-async def test_a_caller_that_leaves_harms_nobody(
-    admission: Admission, unsteady: Unsteady, down: bool, answer: type
-) -> None:
-    unsteady.hold()
-    unsteady.down = down
-    tasks = [asyncio.create_task(admission.check()) for _ in range(6)]
-    await settle()
-    tasks += [asyncio.create_task(admission.check()) for _ in range(6)]
-    await settle()
-    for task in tasks[::2]:
-        task.cancel()
-    unsteady.let_go()
-    told = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(found) for found in told] == [asyncio.CancelledError, answer] * 6
+async def test_a_worker_that_dies_gives_its_slots_to_others(stand: Stand) -> None:
+    await asyncio.gather(*(stand.admit() for _ in range(3)))
+    [name] = stand.admission.names
+    other = Stand(stand.database, KeyLimits(max_parallel=3))
+    with pytest.raises(RateLimited):
+        await other.admit()
+
+    await stand.database.write([("UPDATE workers SET seen_at = seen_at - 20000 WHERE id = $1", [(name,)])])
+    with pytest.raises(RateLimited):  # who has not lived long enough to judge
+        await other.admit()
+    other.now += 16
+    await other.admit()
+    await other.admission.aclose()
 
 
-async def test_all_may_leave_even_before_a_failure(admission: Admission, unsteady: Unsteady) -> None:
-    unsteady.hold()
-    unsteady.down = True
-    tasks = [asyncio.create_task(admission.check()) for _ in range(3)]
-    await settle()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    unsteady.let_go()
-    await admission.aclose()
-    unsteady.down = False
-    assert await admission.check() == KeyState(0, False)
+async def test_a_revoked_key_is_refused_by_the_statement_that_would_let_it_in(migrated: Database) -> None:
+    key = stored_key(max_parallel=1)
+    await keys.add(migrated, key)
+    stand = Stand(migrated, KeyLimits())
+    state = await stand.watch.state()
+    caller = Caller("ann", key.id, limits=KeyLimits(max_parallel=1), revision=state.revision, digest=key.digest)
+    stand.give_back(await stand.admit(caller=caller))
+
+    await keys.revoke(migrated, key.id, 1)
+    with pytest.raises(Unauthenticated):
+        await stand.admit(caller=caller)
+    await stand.admission.aclose()
+    assert await stand.held() == []
 
 
-async def test_closing_waits_for_the_round_trip(admission: Admission, unsteady: Unsteady) -> None:
-    unsteady.hold()
-    asking = asyncio.create_task(admission.check())
-    await settle()
-    closing = asyncio.create_task(admission.aclose())
-    await settle()
-    assert not closing.done()
-    unsteady.let_go()
-    await closing
-    assert await asking == KeyState(0, False)
-
-
-async def test_closing_what_was_never_asked(unsteady: Unsteady) -> None:
-    await Admission(unsteady).aclose()
+async def test_settlements_ride_with_a_turn(stand: Stand) -> None:
+    tickets = [await stand.admit() for _ in range(3)]
+    written = stand.admission.settle(tickets[0], 5, 7)
+    await stand.database.write([limits.settlement_step(written)])
+    await stand.admit()
+    with pytest.raises(RateLimited):
+        await stand.admit()
+    assert await rows(stand.database, "SELECT COUNT(*) FROM limit_settlements") == [(0,)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 
 from gateway import auth as auth_module
-from gateway.admission import Admission
-from gateway.auth import Auth, Caller, Peer, credential, digest, new_key
-from gateway.errors import BadRequest, DatabaseUnavailable, GatewayError, PermissionDenied, Unauthenticated
+from gateway import key_watch
+from gateway.auth import Auth, Caller, KeyLimits, Peer, credential, digest, new_key
+from gateway.errors import BadRequest, DatabaseUnavailable, GatewayError, PermissionDenied, RateLimited, Unauthenticated
+from gateway.key_watch import KeyWatch
 from gateway.store import keys
 from gateway.store.database import Database
-from gateway.store.keys import StoredKey
+from gateway.store.keys import KeyState, StoredKey
+from gateway.wrong_keys import WrongKeys
 from tests_standalone.conftest import NOON, Unsteady, stored_key
 
 ADMIN_KEY = "an admin key of any form"
@@ -25,10 +28,15 @@ KEYLESS = "default"
 
 
 def peer(
-    *headers: tuple[str, str], client: str | None = "127.0.0.1", server: str | None = "127.0.0.1", query: str = ""
+    *headers: tuple[str, str],
+    client: str | None = "127.0.0.1",
+    server: str | None = "127.0.0.1",
+    query: str = "",
+    behind: tuple[str, ...] = (),
 ) -> Peer:
     """A request from this machine with these headers and no others."""
-    return Peer(client, server, [(name.encode(), value.encode()) for name, value in headers], query.encode())
+    sent = [(name.encode(), value.encode()) for name, value in headers]
+    return Peer(client, server, sent, query.encode(), behind)
 
 
 def bearer(key: str) -> tuple[str, str]:
@@ -36,7 +44,13 @@ def bearer(key: str) -> tuple[str, str]:
 
 
 def make_auth(database: Database, **options: Any) -> Auth:
-    return Auth(database, Admission(database), **{"mode": "auto", **options})
+    """It asks how the keys stand on every call."""
+    return Auth(database, Watching(database), **{"mode": "auto", **options})
+
+
+class Watching(KeyWatch):
+    async def state(self) -> KeyState:
+        return await self.look()
 
 
 async def answer(auth: Auth, asking: Peer) -> str | int:
@@ -206,7 +220,7 @@ async def test_a_star_does_not_count_without_a_key_and_does_with_one(sqlite: Dat
 
 
 async def test_the_keyless_user_has_no_rights_beyond_calls(sqlite: Database) -> None:
-    assert await make_auth(sqlite).identify(peer(LOCAL)) == Caller("default", None, False, None)
+    assert await make_auth(sqlite).identify(peer(LOCAL)) == Caller("default", None, False, None, None)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +285,29 @@ async def test_once_a_key_was_made_auto_is_keys_for_ever(sqlite: Database, mode:
     assert await answer(auth, peer(LOCAL, bearer(secret))) == without
 
 
-@pytest.mark.parametrize("mode", ["auto", "keys", "open"])
+async def test_the_first_key_counts_at_once_for_who_sends_one(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last look was before it was made. Whoever sends none learns of it with the next."""
+    monkeypatch.setattr(key_watch, "GOOD_SECONDS", 3600.0)
+    unsteady = Unsteady(sqlite)
+    watch = KeyWatch(unsteady)
+    auth = Auth(unsteady, watch, mode="auto")
+    for _ in range(3):
+        assert await answer(auth, ALL_GOOD) == KEYLESS
+        assert await answer(auth, peer(LOCAL, bearer("sk-any"))) == KEYLESS
+        assert await answer(auth, peer(LOCAL, ("authorization", "Basic eA=="))) == KEYLESS
+    assert len(unsteady.fetched) == 2, "one look, and one for a key that was not seen before"
+    _, secret = await add_key(sqlite)
+    assert await answer(auth, ALL_GOOD) == KEYLESS
+    assert await answer(auth, peer(LOCAL, bearer("sk-any"))) == KEYLESS
+    assert await answer(auth, peer(LOCAL, bearer("sk-wrong"))) == 401
+    assert await answer(auth, peer(LOCAL, bearer(secret))) == "ann"
+    assert await answer(auth, ALL_GOOD) == 401
+    await watch.aclose()
+
+
+@pytest.mark.parametrize("mode", ["auto", "keys"])
 @pytest.mark.parametrize("headers", [(), (bearer("sk-unknown"),)])
 async def test_a_silent_database_lets_nobody_in(
     sqlite: Database, mode: str, headers: Sequence[tuple[str, str]]
@@ -283,6 +319,14 @@ async def test_a_silent_database_lets_nobody_in(
         await auth.identify(peer(LOCAL, *headers))
     unsteady.down = False
     assert await answer(auth, ALL_GOOD) == (401 if mode == "keys" else KEYLESS)
+
+
+async def test_open_asks_nobody(sqlite: Database) -> None:
+    """Whether the database answers is asked when a call is let in."""
+    unsteady = Unsteady(sqlite)
+    unsteady.down = True
+    assert await answer(make_auth(unsteady, mode="open"), FROM_FAR) == KEYLESS
+    assert unsteady.fetched == []
 
 
 async def test_a_known_key_does_not_help_while_the_database_is_silent(sqlite: Database) -> None:
@@ -438,10 +482,10 @@ async def test_a_row_that_the_database_should_not_have_found_lets_nobody_in(
     """A collation that ignores case, say: the comparison decides, not the look-up."""
     await add_key(sqlite)
 
-    async def careless(_database: Database, key_digest: str) -> StoredKey:
-        return stored_key(digest=key_digest.upper())
+    async def careless(_database: Database, asked: Sequence[str], _now: int) -> dict[str, StoredKey]:
+        return {found: stored_key(digest=found.upper()) for found in asked}
 
-    monkeypatch.setattr(keys, "by_digest", careless)
+    monkeypatch.setattr(keys, "by_digests", careless)
     assert await answer(make_auth(sqlite), peer(LOCAL, bearer("sk-a"))) == 401
 
 
@@ -486,7 +530,7 @@ async def test_a_key_ends_at_its_time_even_when_it_is_remembered(
 
 
 async def test_what_was_looked_up_is_remembered_misses_too(sqlite: Database) -> None:
-    """A15. One look-up for each key, whatever the number of calls; the memory has a bound."""
+    """A15. One look-up for each key, whatever the number of calls."""
     unsteady = Unsteady(sqlite)
     _, secret = await add_key(sqlite)
     auth = make_auth(unsteady)
@@ -496,13 +540,165 @@ async def test_what_was_looked_up_is_remembered_misses_too(sqlite: Database) -> 
     assert len([sql for sql in unsteady.fetched if "api_keys" in sql]) == 2
 
 
-async def test_the_memory_has_a_bound(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth_module, "_MOST_REMEMBERED", 10)
-    await add_key(sqlite)
+async def test_both_secrets_are_good_while_a_rotation_lasts(sqlite: Database) -> None:
+    key_id, old = await add_key(sqlite)
+    new = new_key()
     auth = make_auth(sqlite)
-    for number in range(50):
-        assert await answer(auth, peer(LOCAL, bearer(f"sk-{number}"))) == 401
-    assert len(auth._known) == 10
+    assert await answer(auth, peer(LOCAL, bearer(old))) == "ann"
+    now = int(time.time() * 1000)
+    await keys.rotate(sqlite, key_id, digest(new), new[-4:], now + 60_000)
+    assert [await answer(auth, peer(LOCAL, bearer(one))) for one in (old, new)] == ["ann", "ann"]
+    callers = [await auth.identify(peer(LOCAL, bearer(one))) for one in (old, new)]
+    assert [(caller.key_id, caller.digest) for caller in callers] == [(key_id, digest(old)), (key_id, digest(new))]
+    await keys.rotate(sqlite, key_id, digest(new), new[-4:], None)
+    assert [await answer(auth, peer(LOCAL, bearer(one))) for one in (old, new)] == [401, "ann"]
+
+
+async def test_the_overlap_ends_at_its_time_even_when_the_old_secret_is_remembered(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_id, old = await add_key(sqlite)
+    await keys.rotate(sqlite, key_id, "0" * 64, "abcd", int(time.time() * 1000) + 60_000)
+    auth = make_auth(sqlite)
+    assert await answer(auth, peer(LOCAL, bearer(old))) == "ann"
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert await answer(auth, peer(LOCAL, bearer(old))) == 401
+
+
+async def test_a_revoked_key_has_no_second_secret(sqlite: Database) -> None:
+    key_id, old = await add_key(sqlite)
+    await keys.rotate(sqlite, key_id, "0" * 64, "abcd", int(time.time() * 1000) + 60_000)
+    await keys.revoke(sqlite, key_id, NOON)
+    assert await answer(make_auth(sqlite), peer(LOCAL, bearer(old))) == 401
+
+
+# The same caller, once the keys are known to have changed
+
+
+async def test_a_caller_has_the_limits_of_its_key_and_the_revision_it_was_found_under(sqlite: Database) -> None:
+    limits = {"requests_per_minute": 1, "request_burst": 2, "tokens_per_minute": 3, "token_burst": 4, "max_parallel": 5,
+              "budget_nanousd": 6, "budget_period": "day", "per_end_user": True}  # fmt: skip
+    _, secret = await add_key(sqlite, **limits)
+    caller = await make_auth(sqlite).identify(peer(LOCAL, bearer(secret)))
+    assert caller.limits == KeyLimits(1, 2, 3, 4, 5, 6, "day", per_end_user=True)
+    assert (caller.revision, caller.digest) == (1, digest(secret))
+    assert digest(secret) not in repr(caller)
+
+
+async def test_again_is_the_same_caller_with_what_its_key_has_now(sqlite: Database) -> None:
+    key_id, secret = await add_key(sqlite)
+    auth = make_auth(sqlite)
+    caller = await auth.identify(peer(LOCAL, bearer(secret)))
+    await keys.update(sqlite, key_id, lambda key: replace(key, requests_per_minute=7, models=("m",)))
+    found = await auth.again(caller, await keys.state(sqlite))
+    assert found == Caller("ann", key_id, False, frozenset({"m"}), KeyLimits(requests_per_minute=7))
+    assert (found.revision, found.digest) == (2, caller.digest)
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired", "gone", "rotated"])
+async def test_again_refuses_a_key_that_is_no_more(sqlite: Database, how: str) -> None:
+    key_id, secret = await add_key(sqlite)
+    auth = make_auth(sqlite)
+    caller = await auth.identify(peer(LOCAL, bearer(secret)))
+    changes: dict[str, Callable[[StoredKey], StoredKey]] = {
+        "revoked": lambda key: replace(key, revoked_at=NOON),
+        "expired": lambda key: replace(key, expires_at=1),
+        "gone": lambda key: replace(key, digest="0" * 64),
+        "rotated": lambda key: key.rotated("0" * 64, "abcd", None),
+    }
+    await keys.update(sqlite, key_id, changes[how])
+    with pytest.raises(Unauthenticated, match="not valid, or no longer"):
+        await auth.again(caller, await keys.state(sqlite))
+
+
+async def test_again_without_a_key(sqlite: Database) -> None:
+    auth = make_auth(sqlite)
+    caller = await auth.identify(ALL_GOOD)
+    assert await auth.again(caller, KeyState(1, ever_made=False)) == caller
+    with pytest.raises(Unauthenticated, match="needs an API key"):
+        await auth.again(caller, KeyState(2, ever_made=True))
+    wide = make_auth(sqlite, mode="open")
+    found = await wide.again(await wide.identify(ALL_GOOD), KeyState(2, ever_made=True))
+    assert (found, found.revision) == (Caller("default"), 2)
+    assert (await wide.identify(ALL_GOOD)).revision == 2
+
+
+async def test_again_for_the_admin_key_of_the_configuration(sqlite: Database) -> None:
+    auth = make_auth(sqlite, admin_key=ADMIN_KEY)
+    caller = await auth.identify(peer(bearer(ADMIN_KEY)))
+    found = await auth.again(caller, KeyState(9, ever_made=True))
+    assert (found, found.revision) == (caller, 9)
+
+
+async def test_again_asks_the_database_only_for_what_it_does_not_know(sqlite: Database) -> None:
+    unsteady = Unsteady(sqlite)
+    _, secret = await add_key(sqlite)
+    auth = make_auth(unsteady)
+    caller = await auth.identify(peer(LOCAL, bearer(secret)))
+    asked = len(unsteady.fetched)
+    for _ in range(5):
+        assert await auth.again(caller, KeyState(7, ever_made=True)) == caller
+    assert len(unsteady.fetched) == asked + 1
+
+
+# Many wrong keys
+
+
+def without_refill(database: Database) -> Auth:
+    """However long the test takes, no address gets another try."""
+    auth = make_auth(database)
+    auth._wrong = WrongKeys(lambda: 0.0)
+    return auth
+
+
+async def test_many_wrong_keys_from_one_address_are_told_to_wait(sqlite: Database) -> None:
+    """A15. A right key from the same address is not, nor is another address."""
+    _, secret = await add_key(sqlite)
+    auth = without_refill(sqlite)
+    answers = await asyncio.gather(*(answer(auth, peer(LOCAL, bearer(f"sk-{number}"))) for number in range(130)))
+    assert answers == [401] * 100 + [429] * 30
+    with pytest.raises(RateLimited) as caught:
+        await auth.identify(peer(LOCAL, bearer("sk-0")))
+    assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "requests")
+    assert caught.value.headers["retry-after"] == "1"
+    assert caught.value.headers["retry-after-ms"] == "100"
+    assert await answer(auth, peer(LOCAL, bearer(secret))) == "ann"
+    assert await answer(auth, peer(LOCAL, bearer("sk-0"), client="203.0.113.7")) == 401
+
+
+async def test_no_key_at_all_is_not_a_wrong_one(sqlite: Database) -> None:
+    await add_key(sqlite)
+    auth = without_refill(sqlite)
+    assert {await answer(auth, peer(LOCAL)) for _ in range(150)} == {401}
+
+
+async def test_behind_a_trusted_proxy_the_address_is_the_one_it_tells(sqlite: Database) -> None:
+    await add_key(sqlite)
+    auth = without_refill(sqlite)
+
+    def wrong(told: str, behind: tuple[str, ...] = ("10.0.0.0/8",)) -> Peer:
+        return peer(LOCAL, bearer("sk-wrong"), ("x-forwarded-for", told), client="10.0.0.1", behind=behind)
+
+    answers = [await answer(auth, wrong("203.0.113.1")) for _ in range(130)]
+    assert 429 in answers
+    assert await answer(auth, wrong("203.0.113.2")) == 401
+    answers = [await answer(auth, wrong(f"203.0.113.{number}", ())) for number in range(130)]
+    assert 429 in answers, "nobody trusts that proxy, so it is the address"
+
+
+async def test_a_thousand_wrong_keys_are_a_handful_of_queries(sqlite: Database) -> None:
+    """A15."""
+    unsteady = Unsteady(sqlite)
+    _, secret = await add_key(sqlite)
+    auth = without_refill(unsteady)
+    asking = [peer(LOCAL, bearer(f"sk-{number}")) for number in range(1000)] + [peer(LOCAL, bearer(secret))]
+    answers = await asyncio.gather(*(answer(auth, one) for one in asking))
+    assert answers[-1] == "ann"
+    assert (answers.count(401), answers.count(429)) == (100, 900)
+    assert len(unsteady.fetched) <= 20
+    assert {await answer(auth, one) for one in asking[:-1]} == {429}
+    assert len([sql for sql in unsteady.fetched if "api_keys" in sql]) <= 18
 
 
 # The admin key

@@ -22,7 +22,7 @@ from gateway.store.database import Database
 from gateway.store.usage import UsageRow
 from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Completion
-from tests_standalone.conftest import NOON, rows, settle
+from tests_standalone.conftest import NOON, no_limits, rows, settle
 
 HANG = "no answer comes"
 OK = "an answer"
@@ -77,7 +77,7 @@ class Rig:
         self.database = database
         self.ledger = Ledger(database)
         self.observed: list[UsageRow] = []
-        self.relay = Relay(Catalog({}), self.ledger, Drain(), TokenCounter(), self.observed.append)
+        self.relay = Relay(Catalog({}), no_limits(), self.ledger, Drain(), TokenCounter(), self.observed.append)
         self.model = Model("m", [])
         self._calls = 0
 

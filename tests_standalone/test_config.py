@@ -1125,7 +1125,6 @@ def test_seed_3_file_keys() -> None:
     assert (settings.default_model, settings.limits.requests_per_minute) == ("gpt-4o", 10)
     assert (settings.max_input_length, settings.files.max_mb, settings.stream_responses) == (10000, 25, False)
     assert settings.prices == {"gpt-4o": PriceSettings(input=Decimal("2.5"), output=Decimal(10))}
-    assert "limits.* is read but not enforced yet" in settings.notes
 
 
 def test_seed_3_pricing_goes_to_the_entry_of_its_model() -> None:
@@ -1211,17 +1210,30 @@ def test_seed_1_names() -> None:
 # The whole
 
 
+def test_budgets_are_exact_amounts_for_a_period() -> None:
+    budgets = load("budgets: {key: {usd: 0.1, period: day}, gateway: {usd: 1000}}").budgets
+    assert budgets.key is not None
+    assert budgets.gateway is not None
+    assert (budgets.key.nanousd, budgets.key.period) == (100_000_000, "day")
+    assert (budgets.gateway.nanousd, budgets.gateway.period) == (1000 * 10**9, "month")
+    assert not budgets.allow_unpriced
+
+
 @pytest.mark.parametrize(
-    ("limits", "noted"),
+    ("text", "problem"),
     [
-        ("{}", False),
-        ("{requests_per_minute: 600, store: auto}", False),
-        ("{max_parallel: 2}", True),
-        ("{requests_per_minute: }", True),
+        ("budgets: {key: {usd: 0}}", "budgets.key.usd: must be"),
+        ("budgets: {key: {period: day}}", "budgets.key.usd: "),
+        ("budgets: {key: {usd: 1, period: week}}", "budgets.key.period: "),
+        ("budgets: {keys: {usd: 1}}", "budgets.keys: unknown"),
+        ("limits: {token_burst: 0}", "limits.token_burst: must be at least 1"),
+        ("models: {a: {backend: b, max_output_tokens: 0}}", "models.a.max_output_tokens: must be at least 1"),
     ],
 )
-def test_limits_that_were_changed_are_noted(limits: str, noted: bool) -> None:
-    assert ("limits.* is read but not enforced yet" in load(f"limits: {limits}").notes) is noted
+def test_limits_and_budgets_that_cannot_be(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        load(text)
+    assert any(line.startswith(problem) for line in failure.value.problems), failure.value.problems
 
 
 def test_settings_are_frozen_and_travel_to_workers() -> None:

@@ -19,11 +19,15 @@ PACKAGE = "gateway"
 BACKENDS = ("backends.base",)
 HTTP = ("backends.base", "backends.http", "backends.floats", "backends.adapt")
 DIALECTS = ("api.common",)
-NOUNS = ("store.conversations", "store.files", "store.keys", "store.sessions", "store.text", "store.usage")
+NOUNS = (
+    *("store.conversations", "store.files", "store.keys", "store.limits", "store.sessions", "store.text"),
+    "store.usage",
+)
 CORE = (
-    *("admission", "attachments", "auth", "budgets", "call", "catalog", "conversations", "drain", "health", "ids"),
-    *("ledger", "limits", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "relay"),
-    "tokens",
+    *("addresses", "admission", "allowances", "attachments", "auth", "call", "caller", "catalog", "conversations"),
+    *("drain", "estimates", "health", "ids", "key_rules", "key_watch", "known_keys", "ledger", "limits"),
+    *("limits_memory", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "pulse", "relay"),
+    *("rounds", "tokens", "wrong_keys"),
 )
 WEB = ("middleware", "responses")
 WIRE = ("wire", "wire.*")
@@ -35,6 +39,7 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "cli.*": ("*",),
     "app": ("*",),
     "compose": ("*",),
+    "compose_limits": ("*",),
     "errors": (),
     "logs": WIRE,
     "config": ("errors", "config_*"),
@@ -47,9 +52,10 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "wire.*": ("errors", *WIRE),
     "store.database": (),
     "store.postgres": ("errors", "store.database", "store.postgres_*"),
-    "store.postgres_turns": ("store.database", "store.conversations", "store.sessions", "store.usage"),
+    "store.postgres_turns": ("store.database", *NOUNS),
     "store.postgres_*": ("errors", "store.database"),
     "store.sqlite": ("errors", "store.database"),
+    "store.limits*": ("errors", "ids", "limits", "store.database", "store.keys", "store.limits_*", *WIRE),
     "store.connect": ("store.database", "store.postgres", "store.sqlite"),
     "store.migrate": ("errors", "store.database"),
     "store.*": ("errors", "store.database", "store.text", *WIRE),

@@ -28,7 +28,7 @@ from gateway.responses import Scope, StreamResponse
 from gateway.store.database import Database
 from gateway.tokens import TokenCounter
 from gateway.wire.operation import CHAT, EMBEDDINGS, OPERATIONS, SPEECH, OperationRequest
-from tests_standalone.conftest import NOON, Unsteady, eventually, rows, settle
+from tests_standalone.conftest import NOON, Unsteady, eventually, no_limits, rows, settle
 
 PRICE = Price(1_000_000, 2_000_000)
 HANG = "nothing more comes"
@@ -105,7 +105,7 @@ class Rig:
     def __init__(self, database: Database) -> None:
         self.database = Unsteady(database)
         self.ledger = Ledger(self.database)
-        self.relay = Relay(Catalog({}), self.ledger, Drain(), TokenCounter())
+        self.relay = Relay(Catalog({}), no_limits(), self.ledger, Drain(), TokenCounter())
 
     def exchange(
         self,

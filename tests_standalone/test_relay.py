@@ -39,7 +39,7 @@ from gateway.store.database import Database
 from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Chunk, Completion
 from gateway.wire.jsontext import dumps
-from tests_standalone.conftest import NOON, Unsteady, rows, settle
+from tests_standalone.conftest import NOON, Unsteady, no_limits, rows, settle
 
 PRICE = Price(1_000_000, 2_000_000)
 END = "the end mark"
@@ -164,11 +164,11 @@ class Rig:
         self.ledger = Ledger(self.database)
         self.drain = Drain()
         self.conversations = Conversations(database)
-        self.relay = Relay(Catalog({}), self.ledger, self.drain, TokenCounter())
+        self.relay = Relay(Catalog({}), no_limits(), self.ledger, self.drain, TokenCounter())
         self.talk: Talk | None = None
 
     def use(self, *models: Model) -> None:
-        self.relay = Relay(Catalog({}, models), self.ledger, self.drain, TokenCounter())
+        self.relay = Relay(Catalog({}, models), no_limits(), self.ledger, self.drain, TokenCounter())
 
     async def job(self, model: Model, *, keep: bool = True, **fields: Any) -> Job:
         """A call of ann's that says `12 characters` (3 tokens by estimate)."""

@@ -56,7 +56,11 @@ def services(scope: Scope) -> Services:
 def peer(scope: Scope) -> Peer:
     client, server = scope.get("client"), scope.get("server")
     return Peer(
-        client[0] if client else None, server[0] if server else None, scope["headers"], scope.get("query_string", b"")
+        client[0] if client else None,
+        server[0] if server else None,
+        scope["headers"],
+        scope.get("query_string", b""),
+        services(scope).settings.server.trusted_proxies,
     )
 
 
@@ -109,6 +113,7 @@ def call_headers(call: Call[Any]) -> list[Header]:
         found.append((b"x-gateway-backend", header_value(call.route.backend.name)))
     if call.conversation_id is not None:
         found.append((b"x-conversation-id", call.conversation_id.encode()))
+    found += [(name.encode(), value.encode()) for name, value in call.ticket.headers]
     return found
 
 

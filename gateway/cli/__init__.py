@@ -10,8 +10,8 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from gateway import __version__
 
@@ -86,22 +86,52 @@ def _parser() -> _Parser:
 
 
 def _add_keys(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
-    keys = commands.add_parser("keys", help="make, list and revoke API keys")
+    keys = commands.add_parser("keys", help="make, change, list and revoke API keys")
     actions = keys.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", parents=[common], help="make a key; it is shown once")
     create.add_argument("--user", required=True, help="whose conversations and costs these are")
-    create.add_argument("--name", help="what the key is for")
-    create.add_argument("--rpm", type=int, metavar="N", help="requests per minute")
-    create.add_argument("--tpm", type=int, metavar="N", help="tokens per minute")
-    create.add_argument("--max-parallel", type=int, metavar="N", help="calls at the same time")
-    create.add_argument("--budget", metavar="USD", help="money it may spend in each --period")
-    create.add_argument("--period", choices=["day", "month", "total"], help="what the budget is for (default: total)")
-    create.add_argument("--models", metavar="A,B", help="the only models it may use")
-    create.add_argument("--expires", metavar="WHEN", help="2026-12-31, 2026-12-31T12:00 (UTC), or 30d, 12h from now")
-    create.add_argument("--admin", action="store_true", help="may use /admin")
+    _add_fields(create, int)
+    create.add_argument("--admin", action="store_true", default=argparse.SUPPRESS, help="may use /admin")
     create.set_defaults(module="keys", action="create")
+    update = actions.add_parser("update", parents=[common], help="change a key; `none` lifts a limit")
+    update.add_argument("id", metavar="ID", help="as `keys list` shows it")
+    update.add_argument("--user", default=argparse.SUPPRESS, help="whose conversations and costs these are")
+    _add_fields(update, _number_or_none)
+    update.add_argument(
+        "--admin", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="may it use /admin?"
+    )
+    update.set_defaults(module="keys", action="update")
+    rotate = actions.add_parser("rotate", parents=[common], help="give a key a new secret; it is shown once")
+    rotate.add_argument("id", metavar="ID", help="as `keys list` shows it")
+    rotate.add_argument("--overlap", metavar="TIME", help="how long the old secret stays good, such as 1h (default: 0)")
+    rotate.set_defaults(module="keys", action="rotate")
     listing = actions.add_parser("list", parents=[common], help="all keys, without their secrets")
     listing.set_defaults(module="keys", action="list")
     revoke = actions.add_parser("revoke", parents=[common], help="end a key")
     revoke.add_argument("id", metavar="ID", help="as `keys list` shows it")
     revoke.set_defaults(module="keys", action="revoke")
+
+
+def _add_fields(command: _Parser, count: Callable[[str], int | str]) -> None:
+    """What a key can have. A flag that is not given is not among the options."""
+
+    def add(flag: str, field: str, **more: Any) -> None:
+        command.add_argument(flag, dest=field, default=argparse.SUPPRESS, **more)
+
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--name", "name", help="what the key is for")
+    add("--rpm", "requests_per_minute", type=count, metavar="N", help="requests per minute")
+    add("--burst", "request_burst", type=count, metavar="N", help="requests at once (default: those of a minute)")
+    add("--tpm", "tokens_per_minute", type=count, metavar="N", help="tokens per minute")
+    add("--token-burst", "token_burst", type=count, metavar="N", help="tokens at once (default: those of a minute)")
+    add("--max-parallel", "max_parallel", type=count, metavar="N", help="calls at the same time")
+    add("--budget", "budget_usd", metavar="USD", help="money it may spend in each --period")
+    add("--period", "budget_period", choices=["day", "month", "total"], help="what the budget is for (default: total)")
+    add("--models", "models", metavar="A,B", help="the only models it may use")
+    add("--per-end-user", "per_end_user", action=yes_or_no, help="its rates hold for each end user")
+    add("--label", "labels", action="append", metavar="NAME=TEXT", help="may be given several times")
+    add("--expires", "expires_at", metavar="WHEN", help="2026-12-31, 2026-12-31T12:00 (UTC), or 30d, 12h from now")
+
+
+def _number_or_none(text: str) -> int | str:
+    return text if text == "none" else int(text)

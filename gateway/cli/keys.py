@@ -1,114 +1,120 @@
-"""`gateway keys create | list | revoke`"""
+"""`gateway keys create | update | rotate | list | revoke`"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import secrets
 import sys
 import time
-from decimal import Decimal, InvalidOperation
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
 
 from gateway.auth import digest, new_key
 from gateway.cli.common import moment, open_database, settings_from, shown_time, table
 from gateway.cli.usage import dollars
 from gateway.config import Settings
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, NotFound
+from gateway.key_rules import Mistake, changed, new_stored_key, read
 from gateway.logs import escaped
-from gateway.pricing import NANO
 from gateway.store import keys
 from gateway.store.database import Database
 from gateway.store.keys import StoredKey
 
-_MOST = 10**12
+NONE = "none"
+"""Lifts a limit."""
+_FLAGS = {
+    "user": "--user", "name": "--name", "requests_per_minute": "--rpm", "request_burst": "--burst",
+    "tokens_per_minute": "--tpm", "token_burst": "--token-burst", "max_parallel": "--max-parallel",
+    "budget_usd": "--budget", "budget_period": "--period", "models": "--models", "labels": "--label",
+    "per_end_user": "--per-end-user", "expires_at": "--expires", "admin": "--admin",
+}  # fmt: skip
+_LONGEST_OVERLAP = 30 * 24 * 60 * 60 * 1000
 
 
 def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
-    if options.action == "create":
-        return asyncio.run(_create(settings, options))
-    if options.action == "list":
-        return asyncio.run(_list(settings))
-    return asyncio.run(_revoke(settings, options.id))
+    actions = {"create": _create, "update": _update, "rotate": _rotate, "list": _list, "revoke": _revoke}
+    try:
+        return asyncio.run(actions[options.action](settings, options))
+    except Mistake as mistake:
+        raise ConfigError([f"{_FLAGS[mistake.field]}: {mistake.what}"]) from None
+    except NotFound:
+        raise ConfigError([f"there is no key {escaped(options.id)}: `gateway keys list` shows them"]) from None
 
 
 async def make_key(database: Database, user: str, **fields: object) -> tuple[StoredKey, str]:
-    """A new key in the database; the second value is its secret, which is nowhere else."""
+    """A new key in the database, with these fields of a StoredKey; the second value is its secret, which is nowhere
+    else."""
     secret = new_key()
-    values: dict[str, object] = {
-        "name": None, "is_admin": False, "models": None, "requests_per_minute": None, "tokens_per_minute": None,
-        "max_parallel": None, "budget_nanousd": None, "budget_period": None, "expires_at": None,
-    }  # fmt: skip
-    values.update(fields)
-    key = StoredKey(
-        id=f"key_{secrets.token_hex(8)}",
-        digest=digest(secret),
-        hint=secret[-4:],
-        user_id=user,
-        created_at=int(time.time() * 1000),
-        **values,  # type: ignore[arg-type] # the fields named above and nothing else
-    )
+    key = changed(new_stored_key(user, digest(secret), secret[-4:]), fields)
     await keys.add(database, key)
     return key, secret
 
 
 async def _create(settings: Settings, options: argparse.Namespace) -> int:
     fields = _fields(options)
+    changed(new_stored_key(fields["user_id"], "", ""), fields)  # mistakes come before the database
     async with open_database(settings) as database:
-        key, secret = await make_key(database, options.user, **fields)
+        key, secret = await make_key(database, fields.pop("user_id"), **fields)
     print(secret)
-    if any((key.requests_per_minute, key.tokens_per_minute, key.max_parallel, key.budget_nanousd)):
-        print("note: limits and budgets are stored with the key, but not enforced yet", file=sys.stderr)
     print(f"id {key.id}, user {key.user_id}. The key is shown this once; only its digest is kept.", file=sys.stderr)
     return 0
 
 
-def _fields(options: argparse.Namespace) -> dict[str, object]:
-    for flag, name in (("--user", options.user), ("--name", options.name)):
-        if name is not None and (not name.strip() or len(name) > 256 or not name.isprintable()):
-            raise ConfigError([f"{flag}: give a name of 1 to 256 printable characters"])
-    limits = {"rpm": options.rpm, "tpm": options.tpm, "max-parallel": options.max_parallel}
-    given = {name: value for name, value in limits.items() if value is not None}
-    wrong = [f"--{name}: must be 1 to {_MOST:,}" for name, value in given.items() if not 1 <= value <= _MOST]
-    if wrong:
-        raise ConfigError(wrong)
-    if options.period and options.budget is None:
-        raise ConfigError(["--period: goes with --budget"])
-    models = (
-        None if options.models is None else tuple(name.strip() for name in options.models.split(",") if name.strip())
-    )
-    if models == ():
-        raise ConfigError(["--models: name at least one model"])
-    expires = None if options.expires is None else moment(options.expires, "--expires", "ahead")
-    if expires is not None and expires <= time.time() * 1000:
-        raise ConfigError(["--expires: lies in the past"])
-    budget = _budget(options.budget)
-    return {
-        "name": options.name,
-        "is_admin": options.admin,
-        "models": models,
-        "requests_per_minute": options.rpm,
-        "tokens_per_minute": options.tpm,
-        "max_parallel": options.max_parallel,
-        "budget_nanousd": budget,
-        "budget_period": None if budget is None else options.period or "total",
-        "expires_at": expires,
-    }
+async def _update(settings: Settings, options: argparse.Namespace) -> int:
+    fields = _fields(options)
+    if not fields:
+        raise ConfigError([f"nothing to change: name a flag, such as --rpm 60 or --rpm {NONE}"])
+    async with open_database(settings) as database:
+        key = await keys.update(database, options.id, lambda key: changed(_not_revoked(key), fields))
+    print(f"{key.id} is changed: {_rights(key) or 'no limits of its own'}")
+    return 0
 
 
-def _budget(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        nano = int(Decimal(text) * NANO)
-    except (InvalidOperation, ValueError, OverflowError):
-        nano = 0
-    if not 0 < nano < 2**62:
-        raise ConfigError([f"--budget: {text!r} is no amount of USD, such as 25 or 0.50"])
-    return nano
+async def _rotate(settings: Settings, options: argparse.Namespace) -> int:
+    now = int(time.time() * 1000)
+    until = None if options.overlap is None else moment(options.overlap, "--overlap", "ahead")
+    if until is not None and not 0 <= until - now <= _LONGEST_OVERLAP + 60_000:
+        raise ConfigError(["--overlap: must be 0m to 30d"])
+    secret = new_key()
+    async with open_database(settings) as database:
+        key = await keys.update(
+            database, options.id, lambda key: _not_revoked(key).rotated(digest(secret), secret[-4:], until)
+        )
+    print(secret)
+    old = "The one from before is void" if until is None else f"The one from before is good until {shown_time(until)}"
+    print(f"id {key.id}, user {key.user_id}. The new secret is shown this once. {old}.", file=sys.stderr)
+    return 0
 
 
-async def _list(settings: Settings) -> int:
+def _not_revoked(key: StoredKey) -> StoredKey:
+    if key.revoked_at is not None:
+        raise ConfigError([f"{key.id} is revoked for good: make a new key"])
+    return key
+
+
+def _fields(options: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, as the fields of a StoredKey. Flags that nobody gave are not among the options."""
+    said = {field: value for field, value in vars(options).items() if field in _FLAGS}
+    said = {field: None if value == NONE and field != "user" else value for field, value in said.items()}
+    if said.get("models") is not None:
+        said["models"] = [name.strip() for name in said["models"].split(",") if name.strip()]
+    if said.get("expires_at") is not None:
+        said["expires_at"] = Decimal(moment(said["expires_at"], "--expires", "ahead")) / 1000
+    if "labels" in said:
+        said["labels"] = None if said["labels"] == [NONE] else dict(map(_label, said["labels"]))
+    return read(said)
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise Mistake("labels", "write NAME=TEXT")
+    return name, value
+
+
+async def _list(settings: Settings, _: argparse.Namespace) -> int:
     async with open_database(settings) as database:
         found = await keys.listed(database)
     rows = [(key.id, f"...{key.hint}", key.user_id, key.name or "", _state(key), _rights(key)) for key in found]
@@ -125,21 +131,27 @@ def _state(key: StoredKey) -> str:
 
 
 def _rights(key: StoredKey) -> str:
+    limits = {
+        "requests/min": key.requests_per_minute,
+        "requests at once": key.request_burst,
+        "tokens/min": key.tokens_per_minute,
+        "tokens at once": key.token_burst,
+        "parallel": key.max_parallel,
+    }
     said = [
         "admin" if key.is_admin else "",
         f"models {','.join(key.models)}" if key.models is not None else "",
-        f"{key.requests_per_minute} requests/min" if key.requests_per_minute else "",
-        f"{key.tokens_per_minute} tokens/min" if key.tokens_per_minute else "",
-        f"{key.max_parallel} parallel" if key.max_parallel else "",
+        *(f"{limit} {what}" for what, limit in limits.items() if limit is not None),
         f"{dollars(key.budget_nanousd)} USD/{key.budget_period}" if key.budget_nanousd else "",
+        "for each end user" if key.per_end_user else "",
+        *(f"{name}={text}" for name, text in key.labels.items()),
     ]
     return "; ".join(part for part in said if part)
 
 
-async def _revoke(settings: Settings, key_id: str) -> int:
+async def _revoke(settings: Settings, options: argparse.Namespace) -> int:
+    now = int(time.time() * 1000)
     async with open_database(settings) as database:
-        done = await keys.revoke(database, key_id, int(time.time() * 1000))
-    if not done:
-        raise ConfigError([f"there is no key {escaped(key_id)}: `gateway keys list` shows them"])
-    print(f"{key_id} is revoked")
+        await keys.update(database, options.id, lambda key: replace(key, revoked_at=key.revoked_at or now))
+    print(f"{options.id} is revoked")
     return 0

@@ -27,6 +27,7 @@ _NOT_READY = "  database    DOES NOT ANSWER: every call is 503 until it does"
 def run(options: argparse.Namespace) -> int:
     flags = {"server.host": options.host, "server.port": options.port, "server.workers": options.workers}
     settings = with_local_ollama(settings_from(options, **flags))
+    settings = settings.model_copy(update={"alone": settings.server.workers == 1})
     logs.configure(settings.server.log_format, settings.server.log_level)
     sock = listen(settings.server.host, settings.server.port)  # before a key is made that nobody would see
     with sock:

@@ -1,7 +1,7 @@
 """A batch of finished turns as one PostgreSQL statement: one round trip, one implicit transaction, one plan.
 
-`as_one` knows the steps of `usage`, `conversations` and `sessions` by their SQL and says the same in CTEs that change
-data. What differs from running them one after the other:
+`as_one` knows the steps of `usage`, `conversations`, `sessions` and `limits` by their SQL and says the same in CTEs
+that change data. What differs from running them one after the other:
 
 - All parts see the tables as they were before, so a message learns its conversation's `pk` and `message_count` from
   what the other part returns.
@@ -28,7 +28,7 @@ from itertools import chain
 
 import orjson
 
-from gateway.store import conversations, sessions, usage
+from gateway.store import conversations, limits, sessions, usage
 from gateway.store.database import RowRejected, Step, Value
 
 _MANY = -1
@@ -75,9 +75,10 @@ _PARTS = (
     _Part("by_pk", conversations.INSERT_BY_PK, (*_MESSAGE, "conversation_pk"), 4),
     _Part("totals", sessions.ADD, ("id", "conversations", "tokens", "cost_nanousd", "at"), 1),
     _Part("named", sessions.COUNT_NAMED, ("session_id", "pk"), 1),
+    _Part("settlements", limits.INSERT, limits.COLUMNS, 3),
 )
 _PLACES = {part.sql: place for place, part in enumerate(_PARTS)}
-_NUMBERS = {*usage.NUMBERS, *_TOTALS, "at", "behind", "tokens", "conversations"}
+_NUMBERS = {*usage.NUMBERS, *limits.NUMBERS, *_TOTALS, "at", "behind", "tokens", "conversations"}
 
 
 def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
@@ -106,10 +107,13 @@ def _one_conversation(shape: Sequence[int]) -> bool:
 
 def _complete(work: Sequence[Step], shape: Sequence[int]) -> bool:
     """Whether each part that reads what another returns finds that one in the batch."""
-    _, made, by_owner, added, by_pk, totals, named = shape
+    _, made, by_owner, added, by_pk, totals, named, _ = shape
     if (by_owner and not made) or (by_pk and not added) or (named and not (made and totals)):
         return False
-    return not named or {row[0] for row in work[-1][1]} <= {row[0] for row in work[-2][1]}
+    if not named:
+        return True
+    rows = dict(work)
+    return {row[0] for row in rows[sessions.COUNT_NAMED]} <= {row[0] for row in rows[sessions.ADD]}
 
 
 def _json(sql: str, rows: Sequence[Sequence[Value]]) -> str:
@@ -134,6 +138,7 @@ def _statement(shape: Sequence[int]) -> str:
             place += 1 if count == _MANY else count * len(part.columns)
     ordered = _MANY in shape
     parts = [*_usage(sources), *_conversations(sources, ordered), *_messages(sources), *_sessions(sources, ordered)]
+    parts += _settlements(sources)
     return f"WITH {', '.join(parts)} {_reading(sources)}"
 
 
@@ -215,6 +220,15 @@ def _sessions(sources: Mapping[str, str], ordered: bool) -> list[str]:
             {"LEFT JOIN counted n ON n.session_id = v.id" if "named" in sources else ""}
             WHERE s.id = ANY (ARRAY[v.id]))""")
     return parts
+
+
+def _settlements(sources: Mapping[str, str]) -> list[str]:
+    if "settlements" not in sources:
+        return []
+    columns = ", ".join(limits.COLUMNS)
+    return [
+        f"settlements AS (INSERT INTO limit_settlements ({columns}) SELECT {columns} FROM {sources['settlements']})"
+    ]
 
 
 def _reading(sources: Mapping[str, str]) -> str:

@@ -5,6 +5,9 @@ Rules:
 - One thread writes and one reads, each with its own connection: in WAL mode a read does not wait for a commit's fsync.
 - A `fetch` or a `write` is one job for its thread. A job that has begun runs to its end, whoever stops waiting for it.
 - A write begins with BEGIN IMMEDIATE, so it waits for other processes at its start (`BUSY_TIMEOUT`) and never later.
+- The statements of a small write run in the event loop, while its thread has nothing to do, and only the COMMIT in the
+  thread: each call into SQLite gives Python's lock away and waits for it four times, which beside a busy loop costs
+  several times what the statements do. Whoever would have to wait, for a lock or a slow disk, goes to the thread.
 - `$1` is bound by position, as `?`: by name costs a look-up for each value of each row.
 - sqlite3's exceptions end here, by SQLite's own code: the row is at fault (`RowRejected`) or the database is
   (`DatabaseUnavailable`). Any other is a mistake in our SQL and flies as it is.
@@ -48,8 +51,13 @@ WRITER = (
 READER = ("PRAGMA query_only = ON",)
 
 ROWS_AT_ONCE = 16
-"""How many rows one statement inserts. Whenever SQLite begins or ends a step, the thread gives Python's lock away and
-waits for it again, while the event loop works on: one row at a time, that costs more than the row."""
+"""How many rows one statement inserts."""
+ROWS_HERE = 128
+CHARACTERS_HERE = 128 << 10
+"""What a write in the event loop may have."""
+SLOW = 0.005
+SLOW_FOR = 60.0
+"""Seconds that a write in the event loop may take, and for which none follows one that took longer."""
 
 _PLACE = re.compile(r"\$(\d+)")
 _INSERT = re.compile(
@@ -119,7 +127,10 @@ class SqliteDatabase:
             return
         writer = _opened(self._writer)
         async with self._turn():
-            await writer.run(lambda connection: _commit(connection, work))
+            if writer.is_idle and _is_small(work) and writer.prepare(lambda connection: _prepare(connection, work)):
+                await asyncio.shield(writer.start(_end))  # it must be ended, whoever stops waiting
+            else:
+                await writer.run(lambda connection: _commit(connection, work))
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
@@ -179,12 +190,28 @@ class _Thread:
         self._connection: sqlite3.Connection | None = None
         self.busy = False
         self._closed = False
+        self._unanswered = 0
+        self._slow_until = 0.0
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         threading.Thread(target=self._work, name="sqlite", daemon=True).start()
 
     @property
     def is_open(self) -> bool:
         return self._connection is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Is its connection open, and free for the event loop?"""
+        return self._connection is not None and not self._unanswered and time.monotonic() >= self._slow_until
+
+    def prepare(self, job: Callable[[sqlite3.Connection], bool]) -> bool:
+        """Runs a short job in the event loop; only while the thread `is_idle`."""
+        started = time.monotonic()
+        try:
+            return self._run(job)
+        finally:
+            if (ended := time.monotonic()) - started > SLOW:
+                self._slow_until = ended + SLOW_FOR
 
     async def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
         return await self.start(job)
@@ -203,8 +230,30 @@ class _Thread:
     def _ask(self, job: Callable[[], T]) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._jobs.put(lambda: _answer(loop, future, job))
+        self._unanswered += 1
+        self._jobs.put(lambda: self._answer(loop, future, job))
         return future
+
+    def _answer(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], job: Callable[[], T]) -> None:
+        """Runs a job that somebody still waits for. A loop that has gone takes no answer."""
+        answer: T | None = None
+        failure: BaseException | None = None
+        if not future.cancelled():
+            try:
+                answer = job()
+            except BaseException as error:
+                failure = error
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._settle, future, answer, failure)
+
+    def _settle(self, future: asyncio.Future[Any], answer: object, failure: BaseException | None) -> None:
+        self._unanswered -= 1
+        if future.done():  # nobody waits any more
+            return
+        if failure is None:
+            future.set_result(answer)
+        else:
+            future.set_exception(failure)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -228,28 +277,6 @@ class _Thread:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], job: Callable[[], T]) -> None:
-    """Runs a job that somebody still waits for. A loop that has gone takes no answer."""
-    if future.cancelled():
-        return
-    with suppress(RuntimeError):
-        try:
-            answer = job()
-        except BaseException as error:
-            loop.call_soon_threadsafe(_settle, future, None, error)
-        else:
-            loop.call_soon_threadsafe(_settle, future, answer, None)
-
-
-def _settle(future: asyncio.Future[Any], answer: object, error: BaseException | None) -> None:
-    if future.done():  # nobody waits any more
-        return
-    if error is None:
-        future.set_result(answer)
-    else:
-        future.set_exception(error)
 
 
 def _opened(thread: _Thread | None) -> _Thread:
@@ -278,7 +305,10 @@ def _create(path: Path) -> None:
 def _connect(path: Path, settings: Sequence[str]) -> sqlite3.Connection:
     # mode=rw, so that a file that has gone is an error and not a new, empty database.
     uri = path.absolute().as_uri() + "?mode=rw"
-    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, cached_statements=256)
+    # It is never used by two threads at once. Whoever may wait for another process does so in `_patiently`.
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=0, isolation_level=None, cached_statements=256, check_same_thread=False
+    )
     connection.row_factory = sqlite3.Row
     try:
         for statement in settings:
@@ -307,12 +337,42 @@ def _prove_sound(connection: sqlite3.Connection) -> None:
             raise _Damaged(found)
 
 
+def _is_small(work: Sequence[Step]) -> bool:
+    if sum(len(rows) for _, rows in work) > ROWS_HERE:
+        return False
+    return sum(len(value) for _, rows in work for row in rows for value in row if type(value) is str) < CHARACTERS_HERE
+
+
 def _commit(connection: sqlite3.Connection, work: Sequence[Step]) -> None:
     _begin(connection)
+    _do(connection, work)
+    _end(connection)
+
+
+def _prepare(connection: sqlite3.Connection, work: Sequence[Step]) -> bool:
+    """All but the COMMIT; False, and nothing, while another process writes."""
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if _kind(error) not in BUSY:
+            raise
+        return False
+    _do(connection, work)
+    return True
+
+
+def _do(connection: sqlite3.Connection, work: Sequence[Step]) -> None:
     try:
         for sql, rows in work:
             for statement, values in _statements(sql, rows):
                 connection.execute(statement, values)
+    except BaseException:
+        _roll_back(connection)
+        raise
+
+
+def _end(connection: sqlite3.Connection) -> None:
+    try:
         connection.execute("COMMIT")
     except BaseException:
         _roll_back(connection)

@@ -111,8 +111,12 @@ def test_version_and_help_import_nothing_that_takes_time(arguments: list[str]) -
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "migrate", "check-config", "usage", "keys create", "keys list", "keys revoke"]
-)
+    "command",
+    [
+        "serve", "migrate", "check-config", "usage", "keys create", "keys update", "keys rotate", "keys list",
+        "keys revoke",
+    ],
+)  # fmt: skip
 def test_every_command_explains_itself_and_takes_a_configuration(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")
     assert ended.code == 0
@@ -128,7 +132,8 @@ def test_every_command_explains_itself_and_takes_a_configuration(run: Run, comma
         "", "nothing", "keys", "keys create", "keys revoke", "keys nothing", "--unknown", "serve --port x",
         "serve --workers 1.5", "usage --by planet", "keys create --user u --rpm many",
         "keys create --user u --period year", "keys list extra", "migrate --check now", "check-config --config",
-        "usage --since",
+        "usage --since", "keys update", "keys rotate", "keys update key_1 --rpm many",
+        "keys create --user u --rpm none", "keys update key_1 --period none", "keys list --sort digest",
     ],
 )  # fmt: skip
 def test_wrong_use_is_exit_code_2_and_one_line(run: Run, command: str) -> None:
@@ -144,20 +149,31 @@ def test_wrong_use_is_exit_code_2_and_one_line(run: Run, command: str) -> None:
         ("keys create --user u --tpm -5", "--tpm: must be 1 to"),
         ("keys create --user u --max-parallel 0", "--max-parallel: must be 1 to"),
         ("keys create --user u --rpm 99999999999999999999", "--rpm: "),
-        ("keys create --user u --period day", "--period: goes with --budget"),
-        ("keys create --user u --budget 0", "--budget: '0' is no amount"),
-        ("keys create --user u --budget -1", "--budget: '-1' is no amount"),
-        ("keys create --user u --budget much", "--budget: 'much' is no amount"),
-        ("keys create --user u --budget NaN", "--budget: 'NaN' is no amount"),
-        ("keys create --user u --budget Infinity", "--budget: 'Infinity' is no amount"),
-        ("keys create --user u --budget 1e400", "--budget: '1e400' is no amount"),
-        ("keys create --user u --budget 0.0000000001", "--budget: "),
-        ("keys create --user u --models ,", "--models: name at least one"),
+        ("keys create --user u --period day", "--period: goes with a budget"),
+        ("keys create --user u --budget 0", "--budget: must be an amount"),
+        ("keys create --user u --budget -1", "--budget: must be an amount"),
+        ("keys create --user u --budget much", "--budget: must be an amount"),
+        ("keys create --user u --budget NaN", "--budget: must be an amount"),
+        ("keys create --user u --budget Infinity", "--budget: must be an amount"),
+        ("keys create --user u --budget 1e400", "--budget: must be an amount"),
+        ("keys create --user u --budget 0.0000000001", "nine decimals"),
+        ("keys create --user u --models ,", "--models: must be a list that names at least one"),
         ("keys create --user u --expires soon", "--expires: 'soon' is no time"),
         ("keys create --user u --expires 2020-01-01", "--expires: lies in the past"),
         ("keys create --user u --expires 5y", "--expires: '5y' is no time"),
         ("usage --since yesterday", "--since: 'yesterday' is no time"),
+        ("keys create --user u --label team", "--label: write NAME=TEXT"),
+        ("keys create --user u --label =blue", "--label: must be 1 to 256"),
+        ("keys create --user u --burst 0", "--burst: must be 1 to"),
+        ("keys create --user u --token-burst 0", "--token-burst: must be 1 to"),
         ("keys revoke key_unknown", "gateway keys list"),
+        ("keys update key_unknown --rpm 1", "gateway keys list"),
+        ("keys update key_unknown", "nothing to change"),
+        ("keys update key_unknown --tpm 0", "--tpm: must be 1 to"),
+        ("keys rotate key_unknown", "gateway keys list"),
+        ("keys rotate key_unknown --overlap soon", "--overlap: 'soon' is no time"),
+        ("keys rotate key_unknown --overlap 31d", "--overlap: must be"),
+        ("keys rotate key_unknown --overlap 2020-01-01", "--overlap: must be"),
         ("keys list --config missing.yaml", "missing.yaml"),
         ("serve --port 70000", "server.port"),
         ("serve --workers 0", "server.workers"),
@@ -179,7 +195,8 @@ def test_names_that_would_break_a_list(run: Run, flag: str, user: str) -> None:
 
 
 def test_an_id_that_would_break_a_line(run: Run) -> None:
-    assert run("keys", "revoke", "key\n\x1b[31m").error.isprintable()
+    for command in (["revoke"], ["rotate"], ["update", "--rpm", "1"]):
+        assert run("keys", *command, "key\n\x1b[31m").error.isprintable()
 
 
 @pytest.mark.parametrize("command", [["keys", "revoke", "\udcff"], ["usage", "--user", "\udcff"]])
@@ -236,19 +253,30 @@ def test_a_key_is_shown_once_on_stdout_and_stored_as_its_digest(run: Run) -> Non
 
 
 def test_all_that_a_key_can_have(run: Run) -> None:
-    flags = "--name laptop --rpm 10 --tpm 2000 --max-parallel 3 --budget 12.50 --period month --models a,b/c:d, --admin"
+    flags = (
+        "--name laptop --rpm 10 --burst 20 --tpm 2000 --token-burst 4000 --max-parallel 3 --budget 12.50 "
+        "--period month --models a,b/c:d, --admin --per-end-user --label team=blue --label use=a=b"
+    )
     before = int(time.time() * 1000)
     assert run("keys", "create", "--user", "ann", *flags.split(), "--expires", "30d").code == 0
     ((*values, created, expires, revoked),) = query(
         "SELECT name, is_admin, models, requests_per_minute, tokens_per_minute, max_parallel, budget_nanousd, "
-        "budget_period, created_at, expires_at, revoked_at FROM api_keys"
+        "budget_period, request_burst, token_burst, per_end_user, labels, created_by, created_at, "
+        "expires_at, revoked_at FROM api_keys"
     )
-    assert values == ["laptop", 1, '["a","b/c:d"]', 10, 2000, 3, 12_500_000_000, "month"]
+    assert values == [
+        "laptop", 1, '["a","b/c:d"]', 10, 2000, 3, 12_500_000_000, "month", 20, 4000, 1,
+        '{"team":"blue","use":"a=b"}', None,
+    ]  # fmt: skip
     assert before <= created <= time.time() * 1000
     assert before <= expires - 30 * DAY <= time.time() * 1000
     assert revoked is None
     listed = run("keys", "list").out
-    assert "admin; models a,b/c:d; 10 requests/min; 2000 tokens/min; 3 parallel; 12.500000000 USD/month" in listed
+    rights = (
+        "admin; models a,b/c:d; 10 requests/min; 20 requests at once; 2000 tokens/min; 4000 tokens at once; "
+        "3 parallel; 12.500000000 USD/month; for each end user; team=blue; use=a=b"
+    )
+    assert rights in listed
 
 
 @pytest.mark.parametrize(
@@ -288,6 +316,69 @@ def test_a_key_is_revoked_by_its_id(run: Run) -> None:
     assert f"revoked {shown_time(revoked)}" in run("keys", "list").out
     assert run("keys", "revoke", key_id).code == 0
     assert query("SELECT revoked_at FROM api_keys") == [(revoked,)]
+
+
+def only_key() -> str:
+    ((key_id,),) = query("SELECT id FROM api_keys")
+    return str(key_id)
+
+
+def test_a_key_is_changed_flag_by_flag_and_none_lifts(run: Run) -> None:
+    run("keys", "create", "--user", "ann", "--rpm", "5", "--budget", "3", "--period", "day", "--models", "a")
+    key_id = only_key()
+    given = ["--rpm", "7", "--burst", "9", "--name", "laptop", "--label", "a=b", "--admin", "--per-end-user"]
+    ended = run("keys", "update", key_id, *given)
+    rights = "admin; models a; 7 requests/min; 9 requests at once; 3.000000000 USD/day; for each end user; a=b"
+    assert ended == Ended(0, f"{key_id} is changed: {rights}\n", "")
+    assert rights in run("keys", "list").out
+
+    run("keys", "update", key_id, "--budget", "4")
+    assert query("SELECT budget_nanousd, budget_period FROM api_keys") == [(4_000_000_000, "day")]
+    flags = "--rpm none --burst none --name none --label none --models none --budget none --expires none --no-admin"
+    ended = run("keys", "update", key_id, *flags.split(), "--no-per-end-user", "--user", "none")
+    assert ended.out == f"{key_id} is changed: no limits of its own\n"
+    columns = "name, models, requests_per_minute, request_burst, budget_nanousd, budget_period, expires_at, labels"
+    assert query(f"SELECT {columns} FROM api_keys") == [(None,) * 8]
+    assert query("SELECT is_admin, per_end_user, user_id, revision FROM api_keys, gateway_state") == [(0, 0, "none", 4)]
+
+
+def test_a_period_needs_a_budget_that_is_there(run: Run) -> None:
+    run("keys", "create", "--user", "ann")
+    assert "--period: goes with a budget" in run("keys", "update", only_key(), "--period", "day").error
+    run("keys", "update", only_key(), "--budget", "1")
+    assert run("keys", "update", only_key(), "--period", "day").code == 0
+    assert query("SELECT budget_period FROM api_keys") == [("day",)]
+
+
+def test_a_rotated_key_has_a_new_secret_alone_on_stdout(run: Run) -> None:
+    old = run("keys", "create", "--user", "ann", "--rpm", "5").out.strip()
+    key_id = only_key()
+    before = int(time.time() * 1000)
+    ended = run("keys", "rotate", key_id, "--overlap", "1h")
+    new = ended.out.strip()
+    assert re.fullmatch(r"sk-[A-Za-z0-9_-]{43,}", new)
+    assert new != old
+    assert re.findall(r"\bsk-", ended.out + ended.err) == ["sk-"]
+    ((stored, hint, previous, until, rpm),) = query(
+        "SELECT digest, hint, previous_digest, previous_until, requests_per_minute FROM api_keys"
+    )
+    assert (stored, hint, previous, rpm) == (digest(new), new[-4:], digest(old), 5)
+    assert before <= until - 3_600_000 <= time.time() * 1000
+    assert f"good until {shown_time(until)}" in ended.err
+
+    ended = run("keys", "rotate", key_id)
+    assert "is void" in ended.err
+    assert query("SELECT digest, previous_digest, previous_until FROM api_keys") == [
+        (digest(ended.out.strip()), None, None)
+    ]
+
+
+def test_a_revoked_key_stays_as_it_is(run: Run) -> None:
+    run("keys", "create", "--user", "ann")
+    run("keys", "revoke", only_key())
+    for command in (["rotate", only_key()], ["update", only_key(), "--rpm", "1"]):
+        assert "revoked for good" in run("keys", *command).error
+    assert query("SELECT revision FROM gateway_state") == [(2,)]
 
 
 def test_an_expired_key_is_listed_as_such(run: Run) -> None:

@@ -14,7 +14,10 @@ from gateway.store.database import Database, Row, Value
 from gateway.store.migrate import DIALECTS, Dialect, Migration, SchemaMismatch, load_migrations, migrate, pending
 from tests_standalone.support.databases import in_processes
 
-ALL = ["0001_initial", "0002_conversations", "0003_views", "0004_usage_image_tokens"]
+ALL = [
+    *("0001_initial", "0002_conversations", "0003_views", "0004_usage_image_tokens", "0005_keys_and_limits"),
+    "0006_admit",
+]
 
 
 def folder(tmp_path: Path, **texts: str) -> Path:
@@ -222,7 +225,7 @@ async def test_rows_from_before_0004_have_no_pictures(database: Database, tmp_pa
     before = {f"n{name}__{other}": shipped[name] for name in ALL[:3] for other in DIALECTS}
     await migrate(database, folder(tmp_path, **before))
     await database.write([ADD_USAGE])
-    assert await migrate(database) == ["0004_usage_image_tokens"]
+    assert await migrate(database) == ALL[3:]
     found = "SELECT input_tokens, image_input_tokens, image_output_tokens, cache_write_1h_tokens FROM usage_rows"
     assert values(await database.fetch(found)) == [(10, 0, 0, 0)]
     assert len(await database.fetch("SELECT * FROM usage_view")) == 1

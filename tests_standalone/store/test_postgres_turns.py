@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from gateway.ledger import Ledger, Turn
+from gateway.limits import Settlement
 from gateway.store import conversations, sessions, usage
 from gateway.store.connect import database_at
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
+from gateway.store.limits import settlement_step
 from gateway.store.migrate import migrate
 from gateway.store.postgres import PostgresDatabase
 from gateway.store.postgres_turns import as_one
@@ -33,6 +35,7 @@ TABLES = {
         FROM conversations ORDER BY pk""",
     "messages": "SELECT * FROM messages ORDER BY id",
     "sessions": "SELECT * FROM sessions ORDER BY id",
+    "limit_settlements": "SELECT * FROM limit_settlements ORDER BY subject, id",
 }  # fmt: skip
 
 
@@ -78,7 +81,9 @@ def later(first: ConversationTurn, *texts: str, **changes: Any) -> ConversationT
     return talk(first.id, *texts, user=first.user_id, pk=first.pk, is_new=False, is_named=False, **changes)
 
 
-def steps(*turns: ConversationTurn | None, used: Sequence[UsageRow] = ()) -> list[Step]:
+def steps(
+    *turns: ConversationTurn | None, used: Sequence[UsageRow] = (), settled: Sequence[Settlement] = ()
+) -> list[Step]:
     """What the ledger writes for these; None is a call without a conversation."""
     talks = [turn for turn in turns if turn is not None]
     totals: dict[str, SessionTotals] = {}
@@ -93,7 +98,17 @@ def steps(*turns: ConversationTurn | None, used: Sequence[UsageRow] = ()) -> lis
         *conversations.save(talks),
         sessions.add_totals(totals.values()),
         sessions.count_named(named),
+        settlement_step(settled),
     ]
+
+
+def ended(subject: str = "key:a", **changes: Any) -> Settlement:
+    """What a call held of one of its accounts, and what it used."""
+    values: dict[str, Any] = {
+        "subject": subject, "worker": "w1", "slots": 1, "tokens_held": 100, "tokens_used": 7, "cost_held": 50,
+        "cost": 2**62, "period": 2_020_833,
+    }  # fmt: skip
+    return Settlement(**values | changes)
 
 
 def one(work: Sequence[Step]) -> tuple[str, list[Any]]:
@@ -139,7 +154,8 @@ class Story:
 
     def batch(self) -> list[Step]:
         size = self._random.choice((1, 1, 2, 3, 12))
-        return steps(*(self._turn() for _ in range(size)))
+        settled = [ended(f"key:{number}") for number in range(self._random.choice((0, 0, 1, 2, 5)))]
+        return steps(*(self._turn() for _ in range(size)), settled=settled)
 
     def _turn(self) -> ConversationTurn | None:
         texts = [secrets.token_hex(4) for _ in range(self._random.choice((0, 1, 2, 2, 5)))]
@@ -276,7 +292,7 @@ async def test_a_batch_with_a_bad_value_is_rejected_as_a_whole(
     before = await everything(database)
     for _ in range(2):
         with pytest.raises(RowRejected) as caught:
-            await database.write(steps(*(talk(f"chat-{n}", "x") for n in range(turns)), used=used))
+            await database.write(steps(*(talk(f"chat-{n}", "x") for n in range(turns)), used=used, settled=[ended()]))
         assert "secret" not in str(caught.value)
     assert await everything(database) == before
     await save(database, talk("chat", "x"))
@@ -359,6 +375,22 @@ async def test_ledgers_that_make_and_know_the_same_conversations(url: str, postg
 # The statement
 
 
+@pytest.mark.parametrize("count", [1, 2, 20])
+async def test_settlements_alone_and_with_turns_that_have_no_conversation(database: Database, count: int) -> None:
+    settled = [ended(f"key:{number:02}", period=-number) for number in range(count)]
+    for work in (steps(settled=settled)[-1:], steps(*[None] * count, settled=settled)):
+        assert one(work)
+        await database.write(work)
+    found = await rows(
+        database,
+        """
+        SELECT subject, worker, slots, tokens_held, tokens_used, cost_held_nanousd, cost_nanousd, period
+        FROM limit_settlements ORDER BY subject""",
+    )
+    assert found == [tuple(one) for one in settled for _ in range(2)]
+    assert await rows(database, "SELECT COUNT(*) FROM usage_rows") == [(count,)]
+
+
 async def test_what_the_ledger_writes_is_one_statement(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told by the server, which has prepared it; the steps alone would show here as they are."""
     ledger = Ledger(database)
@@ -383,11 +415,21 @@ async def test_what_the_ledger_writes_is_one_statement(database: Database, monke
         [*steps(talk()), ("SELECT $1", [(1,)])],
         steps(talk())[::-1],
         [usage.insert([usage_row()]), usage.insert([usage_row()])],
+        [settlement_step([ended()]), usage.insert([usage_row()])],
         [sessions.count_named([("s", "c")])],
         [conversations.save([talk("x", "a")])[1]],
         [conversations.save([later(talk(), "a")])[3]],
     ],
-    ids=["of others", "others too", "in another order", "twice", "no sessions", "no conversation", "none known"],
+    ids=[
+        "of others",
+        "others too",
+        "in another order",
+        "twice",
+        "settled first",
+        "no sessions",
+        "no conversation",
+        "none known",
+    ],
 )
 def test_other_steps_are_left_alone(work: list[Step]) -> None:
     assert as_one([step for step in work if step[1]]) is None

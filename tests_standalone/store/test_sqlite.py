@@ -9,7 +9,8 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import pytest
 
 import gateway.store.sqlite
 from gateway.errors import DatabaseUnavailable
-from gateway.store.database import RowRejected
-from gateway.store.sqlite import SqliteDatabase
+from gateway.store.database import RowRejected, Step
+from gateway.store.sqlite import CHARACTERS_HERE, SqliteDatabase
 from tests_standalone.support.databases import in_processes
 
 ADD = "INSERT INTO notes (id, text) VALUES ($1, $2)"
@@ -80,9 +81,56 @@ async def test_the_file_and_its_folder_are_made_for_us_alone(tmp_path: Path) -> 
 
 async def test_the_settings_that_promises_rest_on(notes: SqliteDatabase) -> None:
     async with notes.transaction() as transaction:
-        names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        names = ("journal_mode", "synchronous", "foreign_keys")
         settings = [(await transaction.fetch(f"PRAGMA {name}"))[0][0] for name in names]
-    assert settings == ["wal", 2, 1, 10_000]
+    assert settings == ["wal", 2, 1]
+
+
+async def test_a_small_write_while_another_process_writes_waits_for_it_and_not_in_the_loop(
+    notes: SqliteDatabase, path: Path
+) -> None:
+    with locked_by_another(path) as another:
+        writing = asyncio.create_task(notes.write([(ADD, [("a", "first")])]))
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+            assert not writing.done()
+        another.execute("COMMIT")
+        await writing
+    assert await count(notes) == 1
+
+
+async def test_writes_that_nobody_waits_for_are_whole_and_the_next_ones_come_after_them(notes: SqliteDatabase) -> None:
+    for number in range(100):
+        abandoned = asyncio.create_task(notes.write([(ADD, [(f"a{number}", ""), (f"b{number}", "")])]))
+        for _ in range(number % 5):
+            await asyncio.sleep(0)
+        abandoned.cancel()
+        await asyncio.wait({abandoned})
+        await notes.write([(ADD, [(f"c{number}", "")])])
+    rows = await notes.fetch("SELECT substr(id, 1, 1) AS kind, COUNT(*) AS n FROM notes GROUP BY 1 ORDER BY 1")
+    found = {row["kind"]: row["n"] for row in rows}
+    assert found["c"] == 100
+    assert found.get("a") == found.get("b")
+
+
+async def test_a_disk_that_is_slow_is_waited_for_by_the_thread(
+    notes: SqliteDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    real = gateway.store.sqlite._do
+
+    def noted(connection: sqlite3.Connection, work: Sequence[Step]) -> None:
+        threads.append("loop" if threading.current_thread() is threading.main_thread() else "thread")
+        if len(threads) == 2:
+            time.sleep(0.02)
+        real(connection, work)
+
+    monkeypatch.setattr(gateway.store.sqlite, "_do", noted)
+    for number in range(5):
+        await notes.write([(ADD, [(f"a{number}", "")])])
+    await notes.write([(ADD, [("large", "x" * 200_000)])])
+    assert threads == ["loop", "loop", "thread", "thread", "thread", "thread"]
+    assert await count(notes) == 6
 
 
 async def test_fetch_only_reads(notes: SqliteDatabase) -> None:
@@ -241,7 +289,8 @@ async def test_a_cancelled_write_runs_to_its_end_if_it_has_begun(notes: SqliteDa
     writer = notes._writer
     assert writer is not None
     await writer.run(lambda connection: connection.create_function("hold", 0, hold))
-    begun = asyncio.create_task(notes.write([(ADD, [("a", "")]), ("UPDATE notes SET text = hold()", [()])]))
+    large = "x" * CHARACTERS_HERE
+    begun = asyncio.create_task(notes.write([(ADD, [("a", large)]), ("UPDATE notes SET text = hold()", [()])]))
     await asyncio.to_thread(began.wait)
     begun.cancel()
     await asyncio.wait([begun])

@@ -53,7 +53,8 @@ class GatewayProcess:
         arguments: Sequence[str] = (),
         ready_path: str = "/health/ready",
     ) -> None:
-        """Where the configuration does not say otherwise: a free port of 127.0.0.1, SQLite and files in `folder`.
+        """Where the configuration does not say otherwise: a free port of 127.0.0.1, SQLite and files in `folder`, no
+        limit of requests.
 
         `folder` is made, and removed at the end, if none is given. `env` comes on top of an environment that holds
         nothing of the developer's but what finds programs and steers Python. Wait for `/health/live` where the database
@@ -68,6 +69,7 @@ class GatewayProcess:
         server.setdefault("port", free_port())
         self.config.setdefault("database", {}).setdefault("url", f"sqlite:///{self.folder / 'data' / 'gateway.db'}")
         self.config.setdefault("storage", {}).setdefault("url", str(self.folder / "data" / "files"))
+        self.config.setdefault("limits", {}).setdefault("requests_per_minute", None)
         self.config_file = self.folder / "config.yaml"
         self.stdout_file = self.folder / "stdout.log"
         self.stderr_file = self.folder / "stderr.log"

@@ -1,0 +1,129 @@
+"""Which limits count for whom: the accounts that a call asks, and what its client is told about them.
+
+A key's own limits come before those of the configuration, one by one; a burst of its own goes with a rate of its own.
+The buckets and slots of a key that is marked `per_end_user` are those of each of its end users; its budget stays one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from gateway.caller import Caller, KeyLimits
+from gateway.errors import QuotaExceeded, RateLimited
+from gateway.limits import UNIT, Account, Grant, Period
+from gateway.pricing import NANO
+
+GATEWAY = "gateway"
+PARALLEL_RETRY = 1.0
+"""Seconds until a caller without a free slot should come again; nobody knows when a call ends."""
+_NONE = KeyLimits()
+
+
+class Allowances:
+    """`default`: of every key and of the keyless user. `gateway_budget`: nano-dollars for all calls together."""
+
+    def __init__(self, default: KeyLimits, gateway_budget: int | None = None, gateway_period: Period = "total") -> None:
+        self._default = default
+        self._gateway = (
+            None if gateway_budget is None else Account(GATEWAY, budget=gateway_budget, period=gateway_period)
+        )
+        self._of: dict[tuple[str, KeyLimits | None], Account] = {}
+
+    def accounts(self, caller: Caller, end_user: str | None) -> list[Account]:
+        """The account with the buckets first. Empty: nothing is limited."""
+        subject = f"key:{caller.key_id}" if caller.key_id is not None else f"user:{caller.user_id}"
+        whole = self._account(subject, caller.limits)
+        found = [whole]
+        if end_user is not None and caller.limits is not None and caller.limits.per_end_user:
+            each = hashlib.sha256(end_user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+            found = [whole._replace(subject=f"{subject}/{each}", budget=None)]
+            found.append(Account(subject, budget=whole.budget, period=whole.period))
+        if self._gateway is not None:
+            found.append(self._gateway)
+        return [account for account in found if _limits(account)]
+
+    def _account(self, subject: str, own: KeyLimits | None) -> Account:
+        found = self._of.get((subject, own))
+        if found is None:
+            if len(self._of) > 10_000:
+                self._of.clear()
+            found = self._of[subject, own] = self._made(subject, own or _NONE)
+        return found
+
+    def _made(self, subject: str, own: KeyLimits) -> Account:
+        default = self._default
+        requests, burst = own.requests_per_minute, own.request_burst
+        tokens, token_burst = own.tokens_per_minute, own.token_burst
+        if requests is None:
+            requests, burst = default.requests_per_minute, burst or default.request_burst
+        if tokens is None:
+            tokens, token_burst = default.tokens_per_minute, token_burst or default.token_burst
+        budget, period = own.budget_nanousd, own.budget_period
+        if budget is None:
+            budget, period = default.budget_nanousd, default.budget_period
+        return Account(
+            subject,
+            requests,
+            burst or requests or 0,
+            tokens,
+            token_burst or tokens or 0,
+            own.max_parallel or default.max_parallel,
+            budget,
+            period or "total",
+        )
+
+
+def headers(account: Account, grant: Grant) -> list[tuple[str, str]]:
+    """OpenAI's `x-ratelimit-*` for the account with the buckets: what it holds when full, what is left, when it is full
+    again. Nothing is said of what is not limited."""
+    kinds = (
+        ("requests", account.request_rate, account.request_capacity, grant.requests),
+        ("tokens", account.token_rate, account.token_capacity, grant.tokens),
+    )
+    found: list[tuple[str, str]] = []
+    for kind, rate, capacity, level in kinds:
+        if rate is not None and level is not None:
+            found.append((f"x-ratelimit-limit-{kind}", str(capacity)))
+            found.append((f"x-ratelimit-remaining-{kind}", str(max(0, level // UNIT))))
+            found.append((f"x-ratelimit-reset-{kind}", duration(-((level - capacity * UNIT) // rate))))
+    return found
+
+
+def duration(milliseconds: int) -> str:
+    """As OpenAI writes it: `20ms`, `8.64s`, `6m0s`, `1h0m12s`."""
+    if milliseconds < 1000:
+        return f"{max(0, milliseconds)}ms"
+    seconds, rest = divmod(milliseconds, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    told = f"{seconds}.{rest:03}".rstrip("0").rstrip(".") + "s"
+    if hours:
+        return f"{hours}h{minutes}m{told}"
+    return f"{minutes}m{told}" if minutes else told
+
+
+def _limits(account: Account) -> bool:
+    return any(
+        limit is not None for limit in (account.request_rate, account.token_rate, account.max_parallel, account.budget)
+    )
+
+
+def refusal(grant: Grant, account: Account, told: Mapping[str, str]) -> RateLimited | QuotaExceeded:
+    """What a client hears whose claim this account did not grant."""
+    if grant.reason == "budget":
+        whose = "the gateway" if account.subject == GATEWAY else "this key"
+        per = {"day": " a day", "month": " a month", "total": " in total"}[account.period]
+        amount = f"{(account.budget or 0) / NANO:.9f}".rstrip("0").rstrip(".")
+        return QuotaExceeded(
+            f"The budget of {whose} ({amount} USD{per}) does not hold what this call may cost. Calls that are running "
+            "have reserved what they may cost.",
+            headers=told,
+        )
+    if grant.reason == "parallel":
+        why = f"This key has as many calls running as it may ({account.max_parallel})"
+        return RateLimited(f"{why}. Try again when one is over.", retry_after=PARALLEL_RETRY, headers=told)
+    wait = (grant.wait + 1) / 1000
+    rate = account.request_rate if grant.reason == "requests" else account.token_rate
+    why = f"The limit of {rate} {grant.reason} per minute is reached"
+    return RateLimited(f"{why}. Try again in {wait:.3f} s.", retry_after=wait, type=grant.reason, headers=told)

@@ -1,0 +1,105 @@
+"""What a call may use at most, told before it goes out: tokens by the bytes of its text, money by its dearest route.
+
+No token is shorter than a byte. What is no text (pictures, sound, documents) is taken for what vendors say of large
+ones; that bound is not strict, nor is the one for a call that does not limit its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gateway.catalog import Route
+from gateway.wire.chat import ChatRequest, CompletionRequest, take_apart
+from gateway.wire.jsontext import dumps
+from gateway.wire.operation import EMBEDDINGS, MODERATIONS, OperationRequest
+
+AROUND_MESSAGE = 8
+PICTURE = 2_000
+CHARACTERS_A_TOKEN_OF_SOUND = 500
+CHARACTERS_A_TOKEN_OF_FILE = 8
+_OF_MESSAGE = frozenset({"role", "content"})
+_ALSO_READ = ("tools", "functions", "response_format")
+_NO_OUTPUT = frozenset({EMBEDDINGS, MODERATIONS})
+
+
+def input_tokens(request: ChatRequest | OperationRequest) -> int:
+    """No fewer than the upstream will count, as far as it is text."""
+    if isinstance(request, OperationRequest):
+        return _of_operation(request)
+    if isinstance(request, CompletionRequest):
+        return _of_any(request.data.get("prompt"))
+    total = 0
+    for message in request.messages:
+        content = message.get("content")
+        total += AROUND_MESSAGE + (_bytes(content) if type(content) is str else _of_parts(content))
+        if len(message) > 2:
+            total += sum(len(dumps(value)) for key, value in message.items() if key not in _OF_MESSAGE)
+    return total + sum(len(dumps(request.data[key])) for key in _ALSO_READ if request.data.get(key))
+
+
+def output_tokens(request: ChatRequest | OperationRequest, unlimited: int) -> int:
+    """`unlimited`: for one answer to a request that does not say."""
+    if request.operation in _NO_OUTPUT:
+        return 0
+    if isinstance(request, OperationRequest):
+        return unlimited
+    data = request.data
+    told = [value for key in ("max_completion_tokens", "max_tokens") if (value := data.get(key)) and value > 0]
+    return max(told, default=unlimited) * max(request.choice_count, _count(data.get("best_of")))
+
+
+def cost(routes: Iterable[Route], at: int, tokens_in: int, tokens_out: int, tier: object) -> int | None:
+    """Nano-dollars on the dearest route, `at` in milliseconds; None if nobody knows what one of them costs.
+
+    `tier`: the service tier that is asked for; an upstream may also serve the standard one."""
+    most = 0
+    for route in routes:
+        if route.price is None:
+            return None
+        tiers = (None, tier) if isinstance(tier, str) else (None,)
+        for price in [route.price.at(at, each) for each in tiers]:
+            bound = None if price is None else price.most(tokens_in, tokens_out)
+            if bound is None:
+                return None
+            most = max(most, bound)
+    return most
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _of_any(value: object) -> int:
+    texts, numbers = take_apart(value)
+    return numbers + sum(map(_bytes, texts))
+
+
+def _of_parts(parts: object) -> int:
+    if not isinstance(parts, list):
+        return 0
+    return sum(_of_part(part) for part in parts if isinstance(part, dict))
+
+
+def _of_part(part: Mapping[str, Any]) -> int:
+    kind = part.get("type")
+    if kind == "image_url":
+        return PICTURE
+    if kind == "input_audio":
+        return len(dumps(part)) // CHARACTERS_A_TOKEN_OF_SOUND
+    if kind == "file":
+        return len(dumps(part)) // CHARACTERS_A_TOKEN_OF_FILE
+    text = part.get("text")
+    return _bytes(text) if isinstance(text, str) else len(dumps(part))
+
+
+def _of_operation(request: OperationRequest) -> int:
+    files = 0
+    if request.form is not None:
+        files = sum(part.end - part.start for part in request.form.parts if part.filename is not None)
+    texts = sum(_of_any(request.data.get(key)) for key in ("input", "prompt", "instructions"))
+    return texts + files // CHARACTERS_A_TOKEN_OF_SOUND
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 1

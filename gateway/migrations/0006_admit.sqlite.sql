@@ -1,0 +1,1 @@
+-- SQLite needs nothing here: gateway/store/limits.py decides between BEGIN IMMEDIATE and COMMIT.
