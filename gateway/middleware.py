@@ -6,7 +6,6 @@ refusal carries its headers too: without them a browser reports a network error 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 import time
@@ -16,6 +15,7 @@ from typing import Protocol
 from starlette.exceptions import HTTPException
 
 from gateway import logs
+from gateway.addresses import client_address
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
 from gateway.ids import ordered_hex
 from gateway.responses import Header, Message, Receive, Scope, Send, send_error
@@ -126,7 +126,7 @@ class Observed:
 
     def __init__(self, app: App, trusted_proxies: Iterable[str] = ()) -> None:
         self._app = app
-        self._trusted = [ipaddress.ip_network(proxy, strict=False) for proxy in trusted_proxies]
+        self._trusted = tuple(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -166,28 +166,8 @@ class Observed:
                 )
             logs.access(
                 request_id, scope["method"], scope["path"], status, seconds,
-                self._client(scope), state.get("user"), state.get("model"),
+                _client(scope, self._trusted), state.get("user"), state.get("model"),
             )  # fmt: skip
-
-    def _client(self, scope: Scope) -> str | None:
-        """The peer, or what the last trusted proxy says of it: hops are counted from the right."""
-        hop = scope["client"][0] if scope.get("client") else None
-        if not self._trusted:
-            return hop
-        told = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for").decode("latin-1")
-        for earlier in [part.strip() for part in reversed(told.split(",")) if part.strip()]:
-            if not self._is_trusted(hop):
-                break
-            hop = earlier[:64]
-        return hop
-
-    def _is_trusted(self, address: str | None) -> bool:
-        try:
-            found = ipaddress.ip_address(address or "")
-        except ValueError:
-            return False
-        found = getattr(found, "ipv4_mapped", None) or found  # how a socket of both versions shows an IPv4 peer
-        return any(found in network for network in self._trusted)
 
 
 class ErrorBoundary:
@@ -243,6 +223,11 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     """For a path that no route knows."""
     if scope["type"] == "http":
         raise NotFound(f"Unknown path: {scope['method']} {scope['path'][:200]}")
+
+
+def _client(scope: Scope, trusted: tuple[str, ...]) -> str | None:
+    peer = scope.get("client")
+    return client_address(peer[0] if peer else None, scope["headers"], trusted)
 
 
 def _new_id() -> str:

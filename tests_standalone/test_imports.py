@@ -81,7 +81,7 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "gunicorn_worker": ("errors", "server", "serving"),
     "gunicorn_config": ("*",),
     "serving": ("errors", "server", "server_protocol", "supervisor"),
-    "middleware": ("logs", "errors", "ids", "responses", *WIRE),
+    "middleware": ("addresses", "logs", "errors", "ids", "responses", *WIRE),
     "responses": ("errors", *WIRE, *CORE),
     "api.*": ("", "errors", "config", *WIRE, *CORE, *WEB, *NOUNS, "store.database", *BACKENDS, *DIALECTS),
     "store": (),

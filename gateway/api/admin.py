@@ -10,10 +10,9 @@ from typing import Any
 from starlette.routing import BaseRoute, Route
 
 from gateway.api.common import identify, services
-from gateway.auth import Caller
 from gateway.backends.base import Loadable, operations_of
 from gateway.catalog import Provider
-from gateway.errors import PermissionDenied, UpstreamError
+from gateway.errors import UpstreamError
 from gateway.responses import Receive, Scope, Send, send_json
 from gateway.wire.jsontext import dumps
 
@@ -27,7 +26,7 @@ class Backends:
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        check_admin(await identify(scope))
+        (await identify(scope)).check_admin()
         providers = services(scope).catalog.providers
         described = await asyncio.gather(*(_describe(provider) for provider in providers))
         await send_json(send, 200, dumps({"object": "list", "data": described}))
@@ -40,11 +39,6 @@ ENDPOINTS: Sequence[tuple[str, str, Callable[[], Any], str]] = (
 
 def routes() -> list[BaseRoute]:
     return [Route(path, endpoint(), methods=[method]) for method, path, endpoint, _ in ENDPOINTS]
-
-
-def check_admin(caller: Caller) -> None:
-    if not caller.is_admin:
-        raise PermissionDenied("This needs an admin key: `gateway keys create --user NAME --admin` makes one.")
 
 
 async def _describe(provider: Provider) -> dict[str, Any]:

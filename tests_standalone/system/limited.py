@@ -199,10 +199,11 @@ async def most_at_once(upstream: ScriptedUpstream) -> int:
 
 @dataclass
 class Book:
-    """What the tables say of an account, once all that is over is entered: what its period has cost, and what running
-    calls hold."""
+    """What the tables say of an account, once all that is over is entered: what its period has cost, the level of its
+    bucket of tokens (in 60,000ths), and what running calls hold."""
 
     spent: int
+    level: int
     slots: int
     tokens: int
     reserved: int
@@ -215,17 +216,20 @@ class Book:
 _BOOK = """
     SELECT
         COALESCE(SUM(CASE WHEN what = 0 THEN cost ELSE 0 END), 0) AS spent,
+        COALESCE(SUM(level), 0) AS level,
         COALESCE(SUM(slots), 0) AS slots,
         COALESCE(SUM(tokens), 0) AS tokens,
         COALESCE(SUM(CASE WHEN what = 1 THEN cost ELSE 0 END), 0) AS reserved
     FROM (
-        SELECT 0 AS what, 0 AS slots, 0 AS tokens, spent_nanousd AS cost FROM limit_states WHERE subject = '{subject}'
+        SELECT 0 AS what, tokens AS level, 0 AS slots, 0 AS tokens, spent_nanousd AS cost
+        FROM limit_states WHERE subject = '{subject}'
         UNION ALL
-        SELECT 0, -slots, -tokens_held, cost_nanousd FROM limit_settlements WHERE subject = '{subject}'
+        SELECT 0, 60000 * (tokens_held - tokens_used), -slots, -tokens_held, cost_nanousd
+        FROM limit_settlements WHERE subject = '{subject}'
         UNION ALL
-        SELECT 1, 0, 0, -cost_held_nanousd FROM limit_settlements WHERE subject = '{subject}'
+        SELECT 1, 0, 0, 0, -cost_held_nanousd FROM limit_settlements WHERE subject = '{subject}'
         UNION ALL
-        SELECT 1, slots, tokens, cost_nanousd FROM limit_holds WHERE subject = '{subject}') AS parts"""
+        SELECT 1, 0, slots, tokens, cost_nanousd FROM limit_holds WHERE subject = '{subject}') AS parts"""
 
 
 async def book(gateway: GatewayProcess, subject: str) -> Book:

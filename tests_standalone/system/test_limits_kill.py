@@ -64,6 +64,7 @@ async def _or_none(answer: Awaitable[Answer]) -> Answer | None:
 
 async def seconds_to_get_in(key: Key, died: float) -> float:
     while (answer := await _or_none(key.ask(a_call("answer")))) is None or answer.status == 429:
+        assert time.monotonic() - died <= BACK_WITHIN
         await asyncio.sleep(0.2)
     assert answer.status == 200, answer.body
     return time.monotonic() - died
