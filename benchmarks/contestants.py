@@ -204,7 +204,20 @@ def contestants() -> list[Contestant]:
             "postgres",
             {"conversations": {"threading": "off"}},
         ),
+        *(limited for engine in ("postgres", "sqlite") for limited in _limited(engine)),
         Gateway("two-workers", "gateway, PostgreSQL, 2 workers", "postgres", workers=2),
+    ]
+
+
+def _limited(engine: str) -> list[Gateway]:
+    """Without limits, and with all of them: what `Gateway` has by itself lies between."""
+    name = {"postgres": "PostgreSQL", "sqlite": "SQLite"}[engine]
+    none = {"limits": {"requests_per_minute": None}}
+    budget = {"usd": 1_000_000_000, "period": "month"}
+    budgets = {"budgets": {"key": budget, "gateway": budget}}
+    return [
+        Gateway(f"{engine}-unlimited", f"gateway, {name}, no limits", engine, none),
+        Gateway(f"{engine}-budget", f"gateway, {name}, budgets too", engine, budgets),
     ]
 
 

@@ -83,6 +83,18 @@ BUDGET = (
     Measure("PostgreSQL's CPU per stream, 64 connections", "us", _S64, _DATABASE),
 )  # fmt: skip
 
+LIMITED = ("postgres", "sqlite")
+LIMITS = (
+    ANSWER_64,
+    ANSWER_256,
+    STREAM_64,
+    *(
+        Measure(f"first token {point}, {within[1]} streams", "ms", within, ("first", point), 1e3)
+        for within in (_S1, _S64, _S256)
+        for point in ("p50", "p99")
+    ),
+)
+
 
 def markdown(contestants: Mapping[str, Figures]) -> str:
     parts = [
@@ -94,6 +106,7 @@ def markdown(contestants: Mapping[str, Figures]) -> str:
         "durably; the others relay.",
         _side_by_side(contestants),
         *_budget(contestants),
+        *_limits(contestants),
         "## Memory over the run, MiB",
         "In the order of the run. A `*` follows a new start, after work that the contestant could not end.",
         _memory(contestants),
@@ -184,6 +197,31 @@ def _budget(contestants: Mapping[str, Figures]) -> list[str]:
         "Factor to what it must be (1 or less is met), then the figure. A figure without a goal stands alone.",
         table(["what", "must", "aim", *(figures["title"] for figures in chosen)], rows),
     ]
+
+
+def _limits(contestants: Mapping[str, Figures]) -> list[str]:
+    rows = []
+    for engine in LIMITED:
+        names = (f"{engine}-unlimited", engine, f"{engine}-budget")
+        first, *others = [contestants[name] for name in names if name in contestants] or [{}]
+        if not others:
+            continue
+        rows.append([first["title"], *(_shown(figure(measure, first)) for measure in LIMITS)])
+        rows += [[other["title"], *(_more(measure, other, first) for measure in LIMITS)] for other in others]
+    if not rows:
+        return []
+    return [
+        "## What limits and budgets add",
+        "Without any; then what is added by buckets for requests and tokens, and by those and two budgets.",
+        table(["", *(measure.name for measure in LIMITS)], rows),
+    ]
+
+
+def _more(measure: Measure, figures: Figures, base: Figures) -> str:
+    value, least = figure(measure, figures), figure(measure, base)
+    if not isinstance(value, (int, float)) or not isinstance(least, (int, float)):
+        return _shown(value)
+    return f"{value - least:+,.0f}" if measure.unit == "us" else f"{value - least:+.2f}"
 
 
 def _memory(contestants: Mapping[str, Figures]) -> str:

@@ -80,6 +80,21 @@ def test_others_stand_beside_the_gateway_on_postgresql() -> None:
     assert row(page, "Against the budget", "CPU per answer, 64")[3:] == ["**0.50x** (100)"]
 
 
+def test_limits_are_shown_by_what_they_add() -> None:
+    page = markdown(
+        {
+            "postgres": entry("gateway, PostgreSQL", 120.0),
+            "postgres-unlimited": entry("gateway, PostgreSQL, no limits", 100.0),
+            "postgres-budget": entry("gateway, PostgreSQL, budgets too", None),
+        }
+    )
+    section = "What limits and budgets add"
+    assert row(page, section, "gateway, PostgreSQL, no limits")[1] == "100"
+    assert row(page, section, "gateway, PostgreSQL ")[1] == "+20"
+    assert row(page, section, "gateway, PostgreSQL, budgets too")[1] == "fails here: status 500 (7)"
+    assert section not in markdown({"postgres": entry("gateway, PostgreSQL", 120.0)})
+
+
 def test_one_that_is_not_there_has_a_row_that_says_so() -> None:
     absent = entry("Portkey", 1.0, answers={}, failed="portkey is not installed: its installation failed")
     page = markdown({"portkey": absent})
