@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gateway.allowances import Allowances, headers, refusal
+from gateway.allowances import Allowance, Allowances, headers, refusal
 from gateway.auth import Auth
 from gateway.caller import Caller
 from gateway.errors import DatabaseUnavailable, PermissionDenied
@@ -64,12 +64,15 @@ class Demand:
     cost: int | None = 0
 
 
+_NOTHING = Demand()
+
+
 @dataclass(slots=True)
 class Ticket:
     """A call that was let in. `holds` is what it has not given back; `headers` are for its reply."""
 
     holds: Sequence[Settlement] = ()
-    headers: Sequence[tuple[str, str]] = ()
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 @dataclass(slots=True)
@@ -109,6 +112,7 @@ class Admission:
         self._running: asyncio.Task[None] | None = None
         self._pulse = pulse or Pulse()
         self._beating: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         if not isinstance(self._book, MemoryBook):
@@ -130,22 +134,23 @@ class Admission:
         """Lets a call in. `estimate(cost)` is asked only where something depends on it. Raises RateLimited,
         QuotaExceeded, PermissionDenied, Unauthenticated, DatabaseUnavailable."""
         started = time.perf_counter()
-        accounts = self._allowances.accounts(caller, end_user)
-        demand = self._demand(accounts, estimate)
-        for place, account in enumerate(accounts):
-            if account.budget is not None and (account.subject, account.period) not in self._seeded:
-                accounts[place] = account._replace(seed=await self._spent(account, caller))
+        allowance = self._allowances.of(caller, end_user)
+        accounts, demand = allowance.accounts, self._demand(allowance, estimate)
+        if allowance.priced:
+            accounts = await self._with_seeds(accounts, caller)
         if isinstance(self._book, MemoryBook):
             [grant] = self._book.admit(Batch("", accounts, [_claim(demand, accounts)]))
             ticket = _ticket("", demand, accounts, grant)
         else:
             grant, ticket, state = await self._granted(demand, accounts)
             await self._check_key(caller, ticket, state)
-        self._seeded.update((account.subject, account.period) for account in accounts if account.budget is not None)
+        if allowance.priced:
+            self._seeded.update((account.subject, account.period) for account in accounts)
         if grant.reason:
             if self._metrics is not None:
                 self._metrics.refused(grant.reason)
-            raise refusal(grant, accounts[grant.at], dict(ticket.headers))
+            told = {name.decode(): value.decode() for name, value in ticket.headers}
+            raise refusal(grant, accounts[grant.at], told)
         if self._metrics is not None:
             self._metrics.admitted(time.perf_counter() - started)
             self._metrics.reserved(demand.tokens, demand.cost or 0)
@@ -177,11 +182,20 @@ class Admission:
             self._released += settlements
             self._ensure_running()
 
-    def _demand(self, accounts: Sequence[Account], estimate: Callable[[bool], Demand]) -> Demand:
-        budget = any(account.budget is not None for account in accounts)
-        if not budget and all(account.token_rate is None for account in accounts):
-            return Demand()
-        demand = estimate(budget)
+    async def _with_seeds(self, accounts: Sequence[Account], caller: Caller) -> tuple[Account, ...]:
+        return tuple(
+            [
+                account
+                if account.budget is None or (account.subject, account.period) in self._seeded
+                else account._replace(seed=await self._spent(account, caller))
+                for account in accounts
+            ]
+        )
+
+    def _demand(self, allowance: Allowance, estimate: Callable[[bool], Demand]) -> Demand:
+        if not allowance.counted:
+            return _NOTHING
+        demand = estimate(allowance.priced)
         if demand.cost is not None:
             return demand
         if self._allow_unpriced:
@@ -207,7 +221,9 @@ class Admission:
     # --- batches
 
     async def _granted(self, demand: Demand, accounts: Sequence[Account]) -> tuple[Grant, Ticket, KeyState]:
-        waiting = _Waiting(demand, accounts, asyncio.get_running_loop().create_future())
+        if self._loop is None:  # asking asyncio for it costs a system call each time
+            self._loop = asyncio.get_running_loop()
+        waiting = _Waiting(demand, accounts, self._loop.create_future())
         self._waiting.append(waiting)
         self._ensure_running()
         try:

@@ -7,7 +7,8 @@ The buckets and slots of a key that is marked `per_end_user` are those of each o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from gateway.caller import Caller, KeyLimits
 from gateway.errors import QuotaExceeded, RateLimited
@@ -17,7 +18,26 @@ from gateway.pricing import NANO
 GATEWAY = "gateway"
 PARALLEL_RETRY = 1.0
 """Seconds until a caller without a free slot should come again; nobody knows when a call ends."""
+MOST_KNOWN = 10_000
 _NONE = KeyLimits()
+_REQUESTS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
+_TOKENS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """The accounts that a call asks, the one with the buckets first; none: nothing is limited. What must be estimated
+    of the call: its tokens (`counted`), and its cost (`priced`)."""
+
+    accounts: tuple[Account, ...]
+    counted: bool
+    priced: bool
+
+    @classmethod
+    def of(cls, *accounts: Account) -> Allowance:
+        kept = tuple(account for account in accounts if _limits(account))
+        priced = any(account.budget is not None for account in kept)
+        return cls(kept, priced or any(account.token_rate is not None for account in kept), priced)
 
 
 class Allowances:
@@ -25,31 +45,26 @@ class Allowances:
 
     def __init__(self, default: KeyLimits, gateway_budget: int | None = None, gateway_period: Period = "total") -> None:
         self._default = default
-        self._gateway = (
-            None if gateway_budget is None else Account(GATEWAY, budget=gateway_budget, period=gateway_period)
-        )
-        self._of: dict[tuple[str, KeyLimits | None], Account] = {}
+        self._gateway = Account(GATEWAY, budget=gateway_budget, period=gateway_period)
+        self._known: dict[tuple[str | None, str, KeyLimits | None], Allowance] = {}
 
-    def accounts(self, caller: Caller, end_user: str | None) -> list[Account]:
-        """The account with the buckets first. Empty: nothing is limited."""
-        subject = f"key:{caller.key_id}" if caller.key_id is not None else f"user:{caller.user_id}"
-        whole = self._account(subject, caller.limits)
-        found = [whole]
-        if end_user is not None and caller.limits is not None and caller.limits.per_end_user:
-            each = hashlib.sha256(end_user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-            found = [whole._replace(subject=f"{subject}/{each}", budget=None)]
-            found.append(Account(subject, budget=whole.budget, period=whole.period))
-        if self._gateway is not None:
-            found.append(self._gateway)
-        return [account for account in found if _limits(account)]
-
-    def _account(self, subject: str, own: KeyLimits | None) -> Account:
-        found = self._of.get((subject, own))
+    def of(self, caller: Caller, end_user: str | None) -> Allowance:
+        own = caller.limits
+        if end_user is not None and own is not None and own.per_end_user:
+            return self._of_end_user(caller, own, end_user)
+        who = (caller.key_id, caller.user_id, own)
+        found = self._known.get(who)
         if found is None:
-            if len(self._of) > 10_000:
-                self._of.clear()
-            found = self._of[subject, own] = self._made(subject, own or _NONE)
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            found = self._known[who] = Allowance.of(self._made(_subject(caller), own or _NONE), self._gateway)
         return found
+
+    def _of_end_user(self, caller: Caller, own: KeyLimits, end_user: str) -> Allowance:
+        whole = self._made(_subject(caller), own)
+        each = hashlib.sha256(end_user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        buckets = whole._replace(subject=f"{whole.subject}/{each}", budget=None)
+        return Allowance.of(buckets, Account(whole.subject, budget=whole.budget, period=whole.period), self._gateway)
 
     def _made(self, subject: str, own: KeyLimits) -> Account:
         default = self._default
@@ -74,20 +89,24 @@ class Allowances:
         )
 
 
-def headers(account: Account, grant: Grant) -> list[tuple[str, str]]:
+def _subject(caller: Caller) -> str:
+    return f"key:{caller.key_id}" if caller.key_id is not None else f"user:{caller.user_id}"
+
+
+def headers(account: Account, grant: Grant) -> list[tuple[bytes, bytes]]:
     """OpenAI's `x-ratelimit-*` for the account with the buckets: what it holds when full, what is left, when it is full
     again. Nothing is said of what is not limited."""
-    kinds = (
-        ("requests", account.request_rate, account.request_capacity, grant.requests),
-        ("tokens", account.token_rate, account.token_capacity, grant.tokens),
-    )
-    found: list[tuple[str, str]] = []
-    for kind, rate, capacity, level in kinds:
-        if rate is not None and level is not None:
-            found.append((f"x-ratelimit-limit-{kind}", str(capacity)))
-            found.append((f"x-ratelimit-remaining-{kind}", str(max(0, level // UNIT))))
-            found.append((f"x-ratelimit-reset-{kind}", duration(-((level - capacity * UNIT) // rate))))
+    found: list[tuple[bytes, bytes]] = []
+    if account.request_rate is not None and grant.requests is not None:
+        found += _told(_REQUESTS, account.request_rate, account.request_capacity, grant.requests)
+    if account.token_rate is not None and grant.tokens is not None:
+        found += _told(_TOKENS, account.token_rate, account.token_capacity, grant.tokens)
     return found
+
+
+def _told(names: tuple[bytes, bytes, bytes], rate: int, capacity: int, level: int) -> Iterator[tuple[bytes, bytes]]:
+    left = b"%d" % max(0, level // UNIT)
+    return zip(names, (b"%d" % capacity, left, duration(-((level - capacity * UNIT) // rate)).encode()), strict=True)
 
 
 def duration(milliseconds: int) -> str:

@@ -202,7 +202,7 @@ async def test_nothing_is_estimated_where_nothing_depends_on_it(make: Make) -> N
 async def test_the_reply_is_told_what_is_left(make: Make) -> None:
     ticket = await make(KeyLimits(requests_per_minute=60)).admit()
     told = dict(ticket.headers)
-    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("60", "59")
+    assert (told[b"x-ratelimit-limit-requests"], told[b"x-ratelimit-remaining-requests"]) == (b"60", b"59")
 
 
 async def test_callers_of_one_moment_share_a_round_trip(stand: Stand) -> None:

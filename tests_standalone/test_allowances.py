@@ -18,11 +18,11 @@ def keyed(limits: KeyLimits) -> Caller:
 
 
 def test_who_has_no_key_is_a_user_with_the_default_limits() -> None:
-    assert Allowances(DEFAULT).accounts(PERSON, None) == [Account("user:ann", 600, 600)]
+    assert Allowances(DEFAULT).of(PERSON, None).accounts == (Account("user:ann", 600, 600),)
 
 
 def test_nothing_is_asked_where_nothing_is_limited() -> None:
-    assert Allowances(KeyLimits()).accounts(PERSON, "someone") == []
+    assert Allowances(KeyLimits()).of(PERSON, "someone").accounts == ()
 
 
 @pytest.mark.parametrize(
@@ -42,52 +42,68 @@ def test_nothing_is_asked_where_nothing_is_limited() -> None:
     ],
 )
 def test_a_keys_own_limits_come_before_the_defaults(own: KeyLimits, account: Account) -> None:
-    assert Allowances(DEFAULT).accounts(keyed(own), None) == [account]
+    assert Allowances(DEFAULT).of(keyed(own), None).accounts == (account,)
 
 
 def test_the_default_burst_belongs_to_the_default_rate() -> None:
     allowances = Allowances(KeyLimits(requests_per_minute=600, request_burst=50))
-    assert allowances.accounts(PERSON, None)[0].request_capacity == 50
-    assert allowances.accounts(keyed(KeyLimits(requests_per_minute=60)), None)[0].request_capacity == 60
+    assert allowances.of(PERSON, None).accounts[0].request_capacity == 50
+    assert allowances.of(keyed(KeyLimits(requests_per_minute=60)), None).accounts[0].request_capacity == 60
 
 
 def test_each_end_user_of_a_marked_key_has_its_buckets_and_all_share_its_budget() -> None:
     allowances = Allowances(DEFAULT)
     caller = keyed(KeyLimits(tokens_per_minute=10, per_end_user=True, budget_nanousd=7, budget_period="month"))
 
-    ann, shared = allowances.accounts(caller, "ann")
-    bob, also_shared = allowances.accounts(caller, "bob")
+    ann, shared = allowances.of(caller, "ann").accounts
+    bob, also_shared = allowances.of(caller, "bob").accounts
 
     assert ann.subject != bob.subject
     assert ann.subject.startswith("key:key_1/")
     assert (ann.request_rate, ann.token_rate, ann.budget) == (600, 10, None)
     assert shared == also_shared == Account("key:key_1", budget=7, period="month")
-    assert [account.subject for account in allowances.accounts(caller, None)] == ["key:key_1"]
+    assert [account.subject for account in allowances.of(caller, None).accounts] == ["key:key_1"]
 
 
 def test_an_end_user_is_only_a_label_of_other_keys() -> None:
-    assert Allowances(DEFAULT).accounts(keyed(KeyLimits()), "ann") == Allowances(DEFAULT).accounts(
-        keyed(KeyLimits()), None
-    )
+    allowances = Allowances(DEFAULT)
+    assert allowances.of(keyed(KeyLimits()), "ann") == allowances.of(keyed(KeyLimits()), None)
 
 
 def test_the_length_of_an_account_does_not_depend_on_what_a_client_sends() -> None:
     caller = keyed(KeyLimits(per_end_user=True))
     for label in ("", "x" * 100_000, "\ud800", "a/b"):
-        assert len(Allowances(DEFAULT).accounts(caller, label)[0].subject) == len("key:key_1/") + 32
+        assert len(Allowances(DEFAULT).of(caller, label).accounts[0].subject) == len("key:key_1/") + 32
 
 
 def test_the_gateways_budget_is_asked_by_every_call() -> None:
     allowances = Allowances(KeyLimits(), 1000, "day")
-    assert allowances.accounts(PERSON, None) == [Account("gateway", budget=1000, period="day")]
+    assert allowances.of(PERSON, None).accounts == (Account("gateway", budget=1000, period="day"),)
 
 
 ACCOUNT = Account("key:a", 60, 60, 1000, 2000, 3, 25 * 10**8, "month")
 
 
+def told(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in headers}
+
+
+@pytest.mark.parametrize(
+    ("own", "counted", "priced"),
+    [
+        (KeyLimits(requests_per_minute=1, max_parallel=1), False, False),
+        (KeyLimits(tokens_per_minute=1), True, False),
+        (KeyLimits(budget_nanousd=1), True, True),
+    ],
+)
+def test_only_what_a_limit_depends_on_is_estimated(own: KeyLimits, counted: bool, priced: bool) -> None:
+    allowance = Allowances(DEFAULT).of(keyed(own), None)
+    assert (allowance.counted, allowance.priced) == (counted, priced)
+
+
 def test_a_reply_tells_what_is_left_and_when_it_is_full_again() -> None:
     grant = Grant("", 0, 0, 57 * UNIT + 1, 500 * UNIT, [0])
-    assert dict(headers(ACCOUNT, grant)) == {
+    assert told(headers(ACCOUNT, grant)) == {
         "x-ratelimit-limit-requests": "60",
         "x-ratelimit-remaining-requests": "57",
         "x-ratelimit-reset-requests": "3s",
@@ -99,8 +115,7 @@ def test_a_reply_tells_what_is_left_and_when_it_is_full_again() -> None:
 
 def test_a_debt_leaves_nothing_and_what_is_not_limited_is_not_told() -> None:
     account = Account("key:a", None, 0, 1000, 2000)
-    told = dict(headers(account, Grant("", 0, 0, None, -500 * UNIT, [0])))
-    assert told == {
+    assert told(headers(account, Grant("", 0, 0, None, -500 * UNIT, [0]))) == {
         "x-ratelimit-limit-tokens": "2000",
         "x-ratelimit-remaining-tokens": "0",
         "x-ratelimit-reset-tokens": "2m30s",

@@ -113,7 +113,7 @@ def call_headers(call: Call[Any]) -> list[Header]:
         found.append((b"x-gateway-backend", header_value(call.route.backend.name)))
     if call.conversation_id is not None:
         found.append((b"x-conversation-id", call.conversation_id.encode()))
-    found += [(name.encode(), value.encode()) for name, value in call.ticket.headers]
+    found += call.ticket.headers
     return found
 
 

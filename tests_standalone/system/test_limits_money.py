@@ -59,9 +59,9 @@ def check_quota(answer: Answer) -> None:
 async def test_a94_two_hundred_at_once_and_a_budget_for_one(
     gateway: GatewayProcess, upstream: ScriptedUpstream
 ) -> None:
-    most, used = 2100 * 2000 + 1000 * 8000, 1000 * 2000 + 1000 * 8000
+    most, used = 2100 * 2000 + 1000 * 8000, 1004 * 2000 + 1000 * 8000
     budget = most * 3 // 2
-    assert used + most > budget > most
+    assert used + most > budget > most, "no second one, even after the first"
     key = await Key.made(gateway, budget=f"{budget / 1e9:.9f}")
     answers = await key.ask_at_once(200, costing(1000))
     let_in = [answer for answer in answers if answer.status == 200]
@@ -128,7 +128,7 @@ async def test_a_budget_that_comes_late_knows_what_was_spent_before(gateway: Gat
     while (answer := await key.ask(costing(1000))).status == 200:
         await asyncio.sleep(0.05)  # for no longer than a second
     check_quota(answer)
-    assert (await book(gateway, key.subject)).spent <= (await charged(gateway))[1]
+    assert spent <= (await book(gateway, key.subject)).spent <= (await charged(gateway))[1]
 
 
 async def test_a_price_that_nobody_knows(upstream: ScriptedUpstream, start: Start, database_url: str) -> None:
@@ -194,6 +194,7 @@ async def test_a_call_that_is_cut_costs_what_it_used(gateway: GatewayProcess, up
 
     [running] = await held(key, upstream, 1, chat("held-headers"))
     key.gateway.terminate()
+    await asyncio.sleep(0.3)
     key.gateway.terminate()
     await running
     await asyncio.to_thread(key.gateway.wait)
