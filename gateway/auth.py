@@ -121,9 +121,11 @@ class Auth:
             return self._keyless
         state = await self._watch.state()
         refusal = self._keyless_refusal(peer, state)
-        if refusal is None and self._is_news(peer):
+        if refusal is None and (news := self._news(peer)):
             state = await self._watch.look()
             refusal = self._keyless_refusal(peer, state)
+            if refusal is None:
+                self._ignore(news)
         if refusal is None:
             return self._without_key(state)
         key = credential(peer)
@@ -167,16 +169,17 @@ class Auth:
         known = await self._keys.find(found, state)
         return known.caller if known is not None and _opens(found, known.key) else None
 
-    def _is_news(self, peer: Peer) -> bool:
-        """Does a request that needs no key send one that no other has sent? It may be the first, made just now."""
+    def _news(self, peer: Peer) -> str | None:
+        """The digest of a key that a request sends without need, if none has sent it before: it may be the first key
+        there is, made just now. It is news to all who send it until somebody has looked."""
         key = _any_credential(peer)
-        found = "" if key is None else digest(key)
-        if key is None or found in self._ignored:
-            return False
+        found = None if key is None else digest(key)
+        return None if found in self._ignored else found
+
+    def _ignore(self, news: str) -> None:
         if len(self._ignored) >= MOST_REMEMBERED:
             self._ignored.clear()
-        self._ignored.add(found)
-        return True
+        self._ignored.add(news)
 
     def _without_key(self, state: KeyState) -> Caller:
         if self._keyless.revision != state.revision:

@@ -307,6 +307,18 @@ async def test_the_first_key_counts_at_once_for_who_sends_one(
     await watch.aclose()
 
 
+async def test_the_first_key_counts_for_all_who_send_it_at_one_moment(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_watch, "GOOD_SECONDS", 3600.0)
+    watch = KeyWatch(sqlite)
+    auth = Auth(sqlite, watch, mode="auto")
+    assert await answer(auth, ALL_GOOD) == KEYLESS
+    _, secret = await add_key(sqlite)
+    assert await asyncio.gather(*(answer(auth, peer(LOCAL, bearer(secret))) for _ in range(50))) == ["ann"] * 50
+    await watch.aclose()
+
+
 @pytest.mark.parametrize("mode", ["auto", "keys"])
 @pytest.mark.parametrize("headers", [(), (bearer("sk-unknown"),)])
 async def test_a_silent_database_lets_nobody_in(
