@@ -145,7 +145,7 @@ class Admission:
             grant, ticket, state = await self._granted(demand, accounts)
             await self._check_key(caller, ticket, state)
         if allowance.priced:
-            self._seeded.update((account.subject, account.period) for account in accounts)
+            self._seeded.update((account.subject, account.period) for account in accounts if account.budget is not None)
         if grant.reason:
             if self._metrics is not None:
                 self._metrics.refused(grant.reason)
@@ -153,7 +153,7 @@ class Admission:
             raise refusal(grant, accounts[grant.at], told)
         if self._metrics is not None:
             self._metrics.admitted(time.perf_counter() - started)
-            self._metrics.reserved(demand.tokens, demand.cost or 0)
+            self._metrics.reserved(*_most(ticket.holds))
         return ticket
 
     @property
@@ -168,7 +168,8 @@ class Admission:
         if not holds:
             return []
         if self._metrics is not None:
-            self._metrics.settled(tokens, cost or 0)
+            counted, reserved = _most(holds)
+            self._metrics.settled(tokens if counted else 0, reserved if cost is None else cost if reserved else 0)
         self._pulse.left(holds[0].worker)
         settled = [one._replace(tokens_used=tokens, cost=one.cost_held if cost is None else cost) for one in holds]
         if isinstance(self._book, MemoryBook):
@@ -258,15 +259,18 @@ class Admission:
         claims: list[Claim] = []
         for waiting in batch:
             claims.append(_claim(waiting.demand, waiting.accounts, accounts, places))
+        self._pulse.check()
         name = self._pulse.name
         asked = Batch(name, accounts, claims, summed(released), beat=self._pulse.is_new, judge=self._pulse.is_steady)
         verdict = await book.admit(asked)
-        self._pulse.said(name)
+        if asked.beat:  # nothing else says so to the others
+            self._pulse.said(name)
         state = KeyState(verdict.revision, verdict.ever_made)
         for waiting, claim, grant in zip(batch, claims, verdict.grants, strict=True):
             if grant.reason:
                 grant = grant._replace(at=claim.accounts.index(grant.at))
-            ticket = _ticket(name, waiting.demand, waiting.accounts, grant)
+            asked_of = [accounts[place] for place in claim.accounts]  # others may know other limits of the same key
+            ticket = _ticket(name, waiting.demand, asked_of, grant)
             if ticket.holds:
                 self._pulse.entered(name)
             if waiting.answer.done():  # its caller has gone
@@ -313,6 +317,11 @@ def _claim(
             known[place] = account
         asked.append(place)
     return Claim(demand.tokens, demand.cost or 0, asked)
+
+
+def _most(holds: Sequence[Settlement]) -> tuple[int, int]:
+    """The tokens and nano-dollars that a call has reserved; 0 where these are not limited."""
+    return max((one.tokens_held for one in holds), default=0), max((one.cost_held for one in holds), default=0)
 
 
 def _ticket(worker: str, demand: Demand, accounts: Sequence[Account], grant: Grant) -> Ticket:

@@ -50,7 +50,7 @@ class Allowances:
 
     def of(self, caller: Caller, end_user: str | None) -> Allowance:
         own = caller.limits
-        if end_user is not None and own is not None and own.per_end_user:
+        if own is not None and own.per_end_user:
             return self._of_end_user(caller, own, end_user)
         who = (caller.key_id, caller.user_id, own)
         found = self._known.get(who)
@@ -60,9 +60,10 @@ class Allowances:
             found = self._known[who] = Allowance.of(self._made(_subject(caller), own or _NONE), self._gateway)
         return found
 
-    def _of_end_user(self, caller: Caller, own: KeyLimits, end_user: str) -> Allowance:
+    def _of_end_user(self, caller: Caller, own: KeyLimits, end_user: str | None) -> Allowance:
+        """Calls that name nobody share one more bucket: no account may have other limits in the same moment."""
         whole = self._made(_subject(caller), own)
-        each = hashlib.sha256(end_user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        each = "" if end_user is None else hashlib.sha256(end_user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         buckets = whole._replace(subject=f"{whole.subject}/{each}", budget=None)
         return Allowance.of(buckets, Account(whole.subject, budget=whole.budget, period=whole.period), self._gateway)
 

@@ -28,12 +28,12 @@ def input_tokens(request: ChatRequest | OperationRequest) -> int:
     if isinstance(request, OperationRequest):
         return _of_operation(request)
     if isinstance(request, CompletionRequest):
-        return _of_any(request.data.get("prompt"))
+        return _of_any(request.data.get("prompt")) + _of_any(request.data.get("suffix"))
     total = 0
     for message in request.messages:
         content = message.get("content")
         total += AROUND_MESSAGE + (_bytes(content) if type(content) is str else _of_parts(content))
-        if len(message) > 2:
+        if len(message) > 2 or "content" not in message:
             total += sum(len(dumps(value)) for key, value in message.items() if key not in _OF_MESSAGE)
     return total + sum(len(dumps(request.data[key])) for key in _ALSO_READ if request.data.get(key))
 
@@ -42,11 +42,12 @@ def output_tokens(request: ChatRequest | OperationRequest, unlimited: int) -> in
     """`unlimited`: for one answer to a request that does not say."""
     if request.operation in _NO_OUTPUT:
         return 0
-    if isinstance(request, OperationRequest):
-        return unlimited
     data = request.data
+    if isinstance(request, OperationRequest):
+        return unlimited * _count(data.get("n"))
     told = [value for key in ("max_completion_tokens", "max_tokens") if (value := data.get(key)) and value > 0]
-    return max(told, default=unlimited) * max(request.choice_count, _count(data.get("best_of")))
+    answers = max(request.choice_count, _count(data.get("best_of")))
+    return max(told, default=unlimited) * answers * _prompts(data.get("prompt"))
 
 
 def cost(routes: Iterable[Route], at: int, tokens_in: int, tokens_out: int, tier: object) -> int | None:
@@ -99,6 +100,13 @@ def _of_operation(request: OperationRequest) -> int:
         files = sum(part.end - part.start for part in request.form.parts if part.filename is not None)
     texts = sum(_of_any(request.data.get(key)) for key in ("input", "prompt", "instructions"))
     return texts + files // CHARACTERS_A_TOKEN_OF_SOUND
+
+
+def _prompts(prompt: object) -> int:
+    """Each text, or list of tokens, of a list has an answer of its own."""
+    if not isinstance(prompt, list):
+        return 1
+    return max(1, sum(not isinstance(each, int) for each in prompt))
 
 
 def _count(value: object) -> int:

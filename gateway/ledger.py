@@ -156,6 +156,7 @@ class Ledger:
         full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + turn.size > MOST_WAITING_BYTES
         if (full and self._waiting) or self._task is None or self._task.done():
             log.error("turn not recorded, no room: %s", _figures(turn))
+            self._lost(turn.settlements)
             raise NotRecorded(log="the ledger takes no more turns")
         turn.waiter, turn.give_up_at = self._loop.create_future(), self._loop.time() + DEADLINE
         self._waiting.append(turn)

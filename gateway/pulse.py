@@ -46,6 +46,8 @@ class Pulse:
         self.stopped()
 
     def said(self, name: str) -> None:
+        """That is known now. After too long a silence it may have been so before it, and not since."""
+        self.check()
         if name == self.name:
             self.is_new = False
         self._last = self._clock()

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from gateway.admission import Admission, Demand, Ticket
+from gateway.admission import Admission, AdmissionMetrics, Demand, Ticket
 from gateway.allowances import Allowances
 from gateway.auth import Auth
 from gateway.caller import Caller, KeyLimits
@@ -60,7 +60,16 @@ class Line:
 class Stand:
     """Admission as the application has it, over a database or in memory."""
 
-    def __init__(self, database: Database, default: KeyLimits, *, memory: bool = False, allow: bool = False) -> None:
+    def __init__(
+        self,
+        database: Database,
+        default: KeyLimits,
+        *,
+        memory: bool = False,
+        allow: bool = False,
+        gateway_budget: int | None = None,
+        metrics: AdmissionMetrics | None = None,
+    ) -> None:
         self.database = database
         self.watch = KeyWatch(database)
         self.auth = Auth(database, self.watch, mode="keys")
@@ -69,9 +78,16 @@ class Stand:
         self.seed = 0
         book = MemoryBook() if memory else self.line
         self.now = 1000.0
-        pulse = Pulse(lambda: self.now)
+        self.pulse = Pulse(lambda: self.now)
         self.admission = Admission(
-            Allowances(default), self.auth, self.watch, book, self._spent, allow_unpriced=allow, pulse=pulse
+            Allowances(default, gateway_budget),
+            self.auth,
+            self.watch,
+            book,
+            self._spent,
+            metrics,
+            allow_unpriced=allow,
+            pulse=self.pulse,
         )
 
     async def _spent(self, account: Account, caller: Caller) -> int:
@@ -80,6 +96,11 @@ class Stand:
 
     async def admit(self, tokens: int = 0, cost: int | None = 0, caller: Caller = ANN) -> Ticket:
         return await self.admission.admit(caller, None, lambda priced: Demand(tokens, cost))
+
+    def live_on(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            self.pulse.said(self.pulse.name)
 
     def give_back(self, ticket: Ticket, tokens: int = 0, cost: int | None = 0) -> None:
         self.admission.release(self.admission.settle(ticket, tokens, cost))
@@ -176,6 +197,54 @@ async def test_what_a_budget_has_cost_before_is_asked_once(make: Make) -> None:
         await stand.admit(cost=31)
     await stand.admit(cost=30)
     assert stand.seeds == ["user:ann"]
+
+
+async def test_a_budget_that_a_key_gets_later_begins_with_what_it_has_cost(migrated: Database) -> None:
+    stand = Stand(migrated, KeyLimits(requests_per_minute=600), gateway_budget=10**9)
+    caller = Caller("ann", "key_1")
+    await stand.admit(cost=1, caller=caller)
+    stand.seed = 70
+    caller = Caller("ann", "key_1", limits=KeyLimits(budget_nanousd=100, budget_period="total"))
+    with pytest.raises(QuotaExceeded):
+        await stand.admit(cost=31, caller=caller)
+    assert stand.seeds == ["gateway", "key:key_1"]
+    await stand.admission.aclose()
+
+
+class Told:
+    """What metrics are told."""
+
+    def __init__(self) -> None:
+        self.amounts: list[tuple[int, int]] = []
+
+    def admitted(self, seconds: float) -> None: ...
+
+    def refused(self, reason: str) -> None: ...
+
+    def reserved(self, tokens: int, nanousd: int) -> None:
+        self.amounts.append((tokens, nanousd))
+
+    def settled(self, tokens: int, nanousd: int) -> None:
+        self.amounts.append((tokens, nanousd))
+
+
+@pytest.mark.parametrize(
+    ("limits", "cost", "amounts"),
+    [
+        (KeyLimits(max_parallel=1), 7, [(0, 0), (0, 0)]),
+        (KeyLimits(tokens_per_minute=100), 7, [(50, 0), (5, 0)]),
+        (KeyLimits(budget_nanousd=100, budget_period="total"), 7, [(0, 80), (0, 7)]),
+        (KeyLimits(budget_nanousd=100, budget_period="total"), None, [(0, 80), (0, 80)]),
+    ],
+)
+async def test_metrics_count_what_is_limited(
+    migrated: Database, limits: KeyLimits, cost: int | None, amounts: list[tuple[int, int]]
+) -> None:
+    told = Told()
+    stand = Stand(migrated, limits, metrics=told)
+    stand.give_back(await stand.admit(tokens=50, cost=80), 5, cost)
+    await stand.admission.aclose()
+    assert told.amounts == amounts
 
 
 async def test_a_model_without_a_price_is_refused_under_a_budget_and_the_message_says_what_to_do(make: Make) -> None:
@@ -286,9 +355,40 @@ async def test_a_worker_that_dies_gives_its_slots_to_others(stand: Stand) -> Non
     await stand.database.write([("UPDATE workers SET seen_at = seen_at - 20000 WHERE id = $1", [(name,)])])
     with pytest.raises(RateLimited):  # who has not lived long enough to judge
         await other.admit()
-    other.now += 16
+    other.live_on(16)
     await other.admit()
     await other.admission.aclose()
+
+
+async def test_a_worker_that_stood_still_goes_on_under_another_name(stand: Stand) -> None:
+    """What it held may have been taken back, so what ends under the old name must free nothing of the new one."""
+    old = await stand.admit()
+    stand.line.hold()
+    on_its_way = asyncio.create_task(stand.admit())
+    await settle()
+    stand.now += 16
+    stand.line.let_go()
+    await on_its_way
+    new = await stand.admit()
+    assert old.holds[0].worker != new.holds[0].worker == stand.pulse.name
+    assert not stand.pulse.is_steady
+
+
+async def test_of_one_key_calls_with_and_without_an_end_user_in_one_batch(stand: Stand) -> None:
+    limits = KeyLimits(max_parallel=1, budget_nanousd=100, budget_period="total", per_end_user=True)
+    caller = Caller("ann", "key_1", limits=limits)
+
+    async def admit(end_user: str | None) -> Ticket:
+        return await stand.admission.admit(caller, end_user, lambda priced: Demand(1, 1))
+
+    stand.line.hold()
+    tasks = [asyncio.create_task(admit(None))]
+    await settle()
+    tasks += [asyncio.create_task(admit(name)) for name in ("bob", None, "eve")]
+    await settle()
+    stand.line.let_go()
+    told = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in told] == [Ticket, Ticket, RateLimited, Ticket]
 
 
 async def test_a_revoked_key_is_refused_by_the_statement_that_would_let_it_in(migrated: Database) -> None:

@@ -62,7 +62,14 @@ def test_each_end_user_of_a_marked_key_has_its_buckets_and_all_share_its_budget(
     assert ann.subject.startswith("key:key_1/")
     assert (ann.request_rate, ann.token_rate, ann.budget) == (600, 10, None)
     assert shared == also_shared == Account("key:key_1", budget=7, period="month")
-    assert [account.subject for account in allowances.of(caller, None).accounts] == ["key:key_1"]
+
+
+def test_calls_of_a_marked_key_that_name_nobody_share_a_bucket_beside_its_budget() -> None:
+    """In one batch an account has one set of limits, whoever asks it."""
+    caller = keyed(KeyLimits(tokens_per_minute=10, per_end_user=True, budget_nanousd=7, budget_period="month"))
+    nobody, shared = Allowances(DEFAULT).of(caller, None).accounts
+    assert nobody == Account("key:key_1/", 600, 600, 10, 10, period="month")
+    assert shared == Allowances(DEFAULT).of(caller, "ann").accounts[1]
 
 
 def test_an_end_user_is_only_a_label_of_other_keys() -> None:

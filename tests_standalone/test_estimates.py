@@ -35,7 +35,9 @@ def user(content: Any) -> dict[str, Any]:
         (chat(user([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}])), 2008),
         (chat(user("four"), tools=[{"type": "function"}]), 12 + len('[{"type":"function"}]')),
         (chat({"role": "tool", "content": "four", "tool_call_id": "x"}), 12 + len('"x"')),
+        (chat(user("a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}), 1 + 2 * 8 + len('[{"id":"x"}]')),
         (CompletionRequest.parse(b'{"model": "m", "prompt": ["four", [1, 2, 3]]}'), 7),
+        (CompletionRequest.parse(b'{"model": "m", "prompt": "four", "suffix": "two"}'), 7),
         (OperationRequest.parse("embeddings", "application/json", b'{"model": "m", "input": ["four", "two"]}'), 7),
         (OperationRequest.parse("images/generations", "application/json", b'{"prompt": "a cat"}'), 5),
     ],
@@ -61,6 +63,20 @@ def test_sound_is_not_counted_by_its_bytes() -> None:
 )
 def test_an_answer_is_as_long_as_it_may_be(fields: dict[str, int], tokens: int) -> None:
     assert estimates.output_tokens(chat(user("hi"), **fields), 4096) == tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [("four", 1), (["four"], 1), (["four", "two"], 2), ([1, 2, 3], 1), ([[1, 2], [3]], 2), ([], 1), (None, 1)],
+)
+def test_each_prompt_of_a_list_has_an_answer(prompt: Any, answers: int) -> None:
+    request = CompletionRequest.parse(json.dumps({"model": "m", "prompt": prompt, "max_tokens": 7, "n": 3}).encode())
+    assert estimates.output_tokens(request, 4096) == 3 * 7 * answers
+
+
+def test_each_picture_counts() -> None:
+    request = OperationRequest.parse("images/generations", "application/json", b'{"prompt": "a cat", "n": 4}')
+    assert estimates.output_tokens(request, 1000) == 4000
 
 
 def test_a_vector_is_no_output() -> None:

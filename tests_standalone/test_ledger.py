@@ -14,6 +14,7 @@ import pytest
 from gateway import ledger as ledgers
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ledger import SESSION_IDLE_MS, Ledger, Turn
+from gateway.limits import Settlement
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database, Step
 from gateway.store.usage import UsageRow
@@ -467,6 +468,23 @@ async def test_more_than_the_most_is_refused_at_once_and_named_in_the_log(
     more = turn()
     await ledger.record(more)
     assert await usage_ids(migrated) == ids(*turns, more)
+
+
+async def test_what_a_refused_turn_held_is_given_back(unsteady: Unsteady, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "MOST_WAITING", 1)
+    lost: list[Settlement] = []
+    ledger = Ledger(unsteady, lost=lost.extend)
+    ledger.start()
+    unsteady.hold()
+    task = asyncio.create_task(ledger.record(turn()))
+    await settle()
+    held = Settlement("key:a", "w", 1, 100, 5, 80, 7, 0)
+    with pytest.raises(NotRecorded):
+        await ledger.record(Turn([usage_row()], settlements=[held]))
+    assert lost == [held]
+    unsteady.let_go()
+    await task
+    await ledger.aclose()
 
 
 def test_what_is_logged_of_a_turn_is_no_content() -> None:

@@ -55,6 +55,19 @@ def test_after_too_long_a_silence_it_takes_another_name() -> None:
     assert not pulse.is_steady
 
 
+def test_an_answer_that_comes_after_too_long_a_silence_does_not_hide_it() -> None:
+    clock = Clock()
+    pulse = Pulse(clock)
+    pulse.said(pulse.name)
+    first = pulse.name
+
+    clock.now += TOO_LONG
+    pulse.said(first)  # asked before the silence
+    assert pulse.name != first
+    assert pulse.is_new
+    assert not pulse.is_steady
+
+
 def test_an_old_name_lives_until_its_last_call_is_over() -> None:
     pulse = Pulse(Clock())
     first = pulse.name

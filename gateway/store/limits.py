@@ -29,6 +29,9 @@ INSERT = f"INSERT INTO limit_settlements ({', '.join(COLUMNS)}) VALUES ($1, $2, 
 _REASONS: Sequence[Reason] = ("", "budget", "requests", "tokens", "parallel")
 _FREE = Grant("", 0, 0, None, None, ())
 _KINDS: dict[Period, int] = {"total": 0, "month": 1, "day": 2}
+_MOST_TOKENS = 10**14
+_MOST_COST = 2**63 - 1
+"""More than any bucket or budget holds, and a claim may ask for what no column can."""
 
 SETTLED_FOR = 60_000
 """Milliseconds that a settlement waits for a call of its account, before `sweep` enters it."""
@@ -177,7 +180,8 @@ def _question(batch: Batch, order: Sequence[int]) -> tuple[str, str]:
             texts.append(one.worker)
             numbers += number_of[one.subject], len(texts), *one[2:]
     for tokens, cost, asked in batch.claims:
-        numbers += tokens * UNIT, cost, len(asked), *(places[place] for place in asked)
+        numbers += min(tokens, _MOST_TOKENS) * UNIT, min(cost, _MOST_COST), len(asked)
+        numbers += [places[place] for place in asked]
     quoted = '","'.join(texts) if '"' not in (said := "".join(texts)) and "\\" not in said else _escaped(texts)
     return f'{{"{quoted}"}}', f"{{{str(numbers)[1:-1]}}}".replace("None", "NULL")
 

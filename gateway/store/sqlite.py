@@ -55,8 +55,8 @@ ROWS_AT_ONCE = 16
 ROWS_HERE = 128
 CHARACTERS_HERE = 128 << 10
 """What a write in the event loop may have."""
-SLOW = 0.005
-SLOW_FOR = 60.0
+SLOW = 0.03
+SLOW_FOR = 30.0
 """Seconds that a write in the event loop may take, and for which none follows one that took longer."""
 
 _PLACE = re.compile(r"\$(\d+)")

@@ -154,6 +154,12 @@ async def test_figures_that_fill_their_columns(migrated: Database) -> None:
     assert (await ask(migrated, account("b", budget=2**62), cost=2**62)).reason == "budget"
 
 
+async def test_a_claim_for_more_than_a_column_holds_is_a_claim_like_others(migrated: Database) -> None:
+    who = account(token_rate=10, token_capacity=100, budget=10**18)
+    assert (await ask(migrated, who, tokens=10**30)).tokens == 0
+    assert (await ask(migrated, account("b", budget=10**18), cost=10**30)).reason == "budget"
+
+
 async def test_from_when_on_a_bucket_is_full(migrated: Database) -> None:
     who = account(request_rate=7, request_capacity=3, token_rate=11, token_capacity=100)
     await ask(migrated, who, tokens=60)

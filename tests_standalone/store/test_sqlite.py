@@ -122,7 +122,7 @@ async def test_a_disk_that_is_slow_is_waited_for_by_the_thread(
     def noted(connection: sqlite3.Connection, work: Sequence[Step]) -> None:
         threads.append("loop" if threading.current_thread() is threading.main_thread() else "thread")
         if len(threads) == 2:
-            time.sleep(0.02)
+            time.sleep(0.04)
         real(connection, work)
 
     monkeypatch.setattr(gateway.store.sqlite, "_do", noted)
