@@ -22,7 +22,7 @@ from typing import Protocol
 from gateway.allowances import Allowance, Allowances, headers, refusal
 from gateway.auth import Auth
 from gateway.caller import Caller
-from gateway.errors import DatabaseUnavailable, PermissionDenied
+from gateway.errors import DatabaseUnavailable, PermissionDenied, Unavailable
 from gateway.key_watch import KeyWatch
 from gateway.limits import BEAT_EVERY, Account, Batch, Claim, Grant, Settlement, Verdict, held, summed
 from gateway.limits_memory import MemoryBook
@@ -32,6 +32,7 @@ from gateway.store.keys import KeyState
 log = logging.getLogger("gateway.admission")
 
 MOST_CLAIMS = 500
+ATTEMPTS = 5
 SWEEP_SECONDS = 60.0
 
 
@@ -75,13 +76,23 @@ class Ticket:
     headers: Sequence[tuple[bytes, bytes]] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What the book said. `accounts` are those that were asked, as they were asked; `state` None: it was not told."""
+
+    grant: Grant
+    ticket: Ticket
+    accounts: Sequence[Account]
+    state: KeyState | None = None
+
+
 @dataclass(slots=True)
 class _Waiting:
     """A caller that waits for its grant. `accounts` are those of its claim."""
 
     demand: Demand
     accounts: Sequence[Account]
-    answer: asyncio.Future[tuple[Grant, Ticket, KeyState]]
+    answer: asyncio.Future[_Offer]
 
 
 class Admission:
@@ -106,7 +117,7 @@ class Admission:
         self._spent = spent
         self._metrics = metrics
         self._allow_unpriced = allow_unpriced
-        self._seeded: set[tuple[str, str]] = set()
+        self._sums: dict[tuple[str, str], asyncio.Future[int]] = {}
         self._waiting: list[_Waiting] = []
         self._released: list[Settlement] = []
         self._running: asyncio.Task[None] | None = None
@@ -134,23 +145,26 @@ class Admission:
         """Lets a call in. `estimate(cost)` is asked only where something depends on it. Raises RateLimited,
         QuotaExceeded, PermissionDenied, Unauthenticated, DatabaseUnavailable."""
         started = time.perf_counter()
-        allowance = self._allowances.of(caller, end_user)
-        accounts, demand = allowance.accounts, self._demand(allowance, estimate)
-        if allowance.priced:
-            accounts = await self._with_seeds(accounts, caller)
-        if isinstance(self._book, MemoryBook):
-            [grant] = self._book.admit(Batch("", accounts, [_claim(demand, accounts)]))
-            ticket = _ticket("", demand, accounts, grant)
+        for _ in range(ATTEMPTS):
+            allowance = self._allowances.of(caller, end_user)
+            demand = self._demand(allowance, estimate)
+            offer = await self._offer(allowance.accounts, demand)
+            for _ in offer.accounts:
+                if offer.grant.reason == "seed":
+                    offer = await self._offer(await self._seeded(offer, caller), demand)
+            renewed = await self._renewed(caller, offer)
+            if renewed.limits == caller.limits:
+                break
+            self.release(self.settle(offer.ticket, 0, 0))
+            caller = renewed
         else:
-            grant, ticket, state = await self._granted(demand, accounts)
-            await self._check_key(caller, ticket, state)
-        if allowance.priced:
-            self._seeded.update((account.subject, account.period) for account in accounts if account.budget is not None)
+            raise Unavailable("The limits of this key are changing. Try again in a moment.", retry_after=1)
+        grant, ticket = offer.grant, offer.ticket
         if grant.reason:
             if self._metrics is not None:
                 self._metrics.refused(grant.reason)
             told = {name.decode(): value.decode() for name, value in ticket.headers}
-            raise refusal(grant, accounts[grant.at], told)
+            raise refusal(grant, offer.accounts[grant.at], told)
         if self._metrics is not None:
             self._metrics.admitted(time.perf_counter() - started)
             self._metrics.reserved(*_most(ticket.holds))
@@ -183,15 +197,21 @@ class Admission:
             self._released += settlements
             self._ensure_running()
 
-    async def _with_seeds(self, accounts: Sequence[Account], caller: Caller) -> tuple[Account, ...]:
-        return tuple(
-            [
-                account
-                if account.budget is None or (account.subject, account.period) in self._seeded
-                else account._replace(seed=await self._spent(account, caller))
-                for account in accounts
-            ]
-        )
+    async def _offer(self, accounts: Sequence[Account], demand: Demand) -> _Offer:
+        if not isinstance(self._book, MemoryBook):
+            return await self._granted(demand, accounts)
+        [grant] = self._book.admit(Batch("", accounts, [_claim(demand, accounts)]))
+        return _Offer(grant, _ticket("", demand, accounts, grant), accounts)
+
+    async def _seeded(self, offer: _Offer, caller: Caller) -> list[Account]:
+        """The same accounts, with what that budget has cost which refused for it. Callers of one moment share the sum."""
+        accounts, place = list(offer.accounts), offer.grant.at
+        which = (accounts[place].subject, accounts[place].period)
+        if which not in self._sums:
+            self._sums[which] = asyncio.ensure_future(self._spent(accounts[place], caller))
+            self._sums[which].add_done_callback(lambda _: self._sums.pop(which))
+        accounts[place] = accounts[place]._replace(seed=await asyncio.shield(self._sums[which]))
+        return accounts
 
     def _demand(self, allowance: Allowance, estimate: Callable[[bool], Demand]) -> Demand:
         if not allowance.counted:
@@ -208,20 +228,22 @@ class Admission:
             code="price_unknown",
         )
 
-    async def _check_key(self, caller: Caller, ticket: Ticket, state: KeyState) -> None:
-        """The statement that let the call in has also told whether keys have changed since we knew the caller."""
+    async def _renewed(self, caller: Caller, offer: _Offer) -> Caller:
+        """The caller as the keys stand by now: the statement that decided has also told whether they have changed. What
+        it holds goes back if it may not call any more."""
+        state = offer.state
+        if state is None or state.revision == caller.revision:
+            return caller
         self._watch.tell(state)
-        if state.revision == caller.revision:
-            return
         try:
-            await self._auth.again(caller, state)
+            return await self._auth.again(caller, state)
         except BaseException:
-            self.release(self.settle(ticket, 0, 0))
+            self.release(self.settle(offer.ticket, 0, 0))
             raise
 
     # --- batches
 
-    async def _granted(self, demand: Demand, accounts: Sequence[Account]) -> tuple[Grant, Ticket, KeyState]:
+    async def _granted(self, demand: Demand, accounts: Sequence[Account]) -> _Offer:
         if self._loop is None:  # asking asyncio for it costs a system call each time
             self._loop = asyncio.get_running_loop()
         waiting = _Waiting(demand, accounts, self._loop.create_future())
@@ -231,7 +253,7 @@ class Admission:
             return await waiting.answer
         except asyncio.CancelledError:
             if waiting.answer.done() and not waiting.answer.cancelled() and waiting.answer.exception() is None:
-                self.release(self.settle(waiting.answer.result()[1], 0, 0))
+                self.release(self.settle(waiting.answer.result().ticket, 0, 0))
             raise
 
     def _ensure_running(self) -> None:
@@ -276,7 +298,7 @@ class Admission:
             if waiting.answer.done():  # its caller has gone
                 self._released += self.settle(ticket, 0, 0)
             else:
-                waiting.answer.set_result((grant, ticket, state))
+                waiting.answer.set_result(_Offer(grant, ticket, asked_of, state))
 
     # --- signs of life
 
@@ -313,7 +335,7 @@ def _claim(
         place = places.setdefault(account.subject, len(known))
         if place == len(known):
             known.append(account)
-        elif account.seed:
+        elif account.seed is not None:
             known[place] = account
         asked.append(place)
     return Claim(demand.tokens, demand.cost or 0, asked)

@@ -45,7 +45,7 @@ class Allowances:
 
     def __init__(self, default: KeyLimits, gateway_budget: int | None = None, gateway_period: Period = "total") -> None:
         self._default = default
-        self._gateway = Account(GATEWAY, budget=gateway_budget, period=gateway_period)
+        self._gateway = Account(GATEWAY, budget=gateway_budget, period=gateway_period, seed=None)
         self._known: dict[tuple[str | None, str, KeyLimits | None], Allowance] = {}
 
     def of(self, caller: Caller, end_user: str | None) -> Allowance:
@@ -65,7 +65,9 @@ class Allowances:
         whole = self._made(_subject(caller), own)
         each = "" if end_user is None else hashlib.sha256(end_user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         buckets = whole._replace(subject=f"{whole.subject}/{each}", budget=None)
-        return Allowance.of(buckets, Account(whole.subject, budget=whole.budget, period=whole.period), self._gateway)
+        return Allowance.of(
+            buckets, Account(whole.subject, budget=whole.budget, period=whole.period, seed=None), self._gateway
+        )
 
     def _made(self, subject: str, own: KeyLimits) -> Account:
         default = self._default
@@ -87,6 +89,7 @@ class Allowances:
             own.max_parallel or default.max_parallel,
             budget,
             period or "total",
+            seed=None,
         )
 
 

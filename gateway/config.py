@@ -211,7 +211,9 @@ class LimitSettings(Section):
 class Budget(Section):
     """Money that may be spent in each period (UTC)."""
 
-    usd: Decimal = Field(gt=0, le=10**9)
+    amounts = frozenset({"usd"})
+
+    usd: Decimal
     period: Literal["day", "month", "total"] = "month"
 
     @property

@@ -173,6 +173,8 @@ class Section(BaseModel):
     """Optional texts that may be empty, or the word null."""
     private: ClassVar[frozenset[str]] = frozenset()
     """Free mappings that may hold secrets."""
+    amounts: ClassVar[frozenset[str]] = frozenset()
+    """Decimals that are USD, not prices."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -187,7 +189,7 @@ class Section(BaseModel):
             return _mapping(value)
         if get_origin(kind) is dict and isinstance(value, dict) and is_section(inside(kind, "")):
             return {key: _mapping(entry) for key, entry in value.items()}
-        read = _READERS.get(get_origin(kind) or kind)
+        read = _amount if name in cls.amounts else _READERS.get(get_origin(kind) or kind)
         return value if read is None or (value is None and kind is not annotation) else read(value)
 
     def __repr_args__(self) -> Any:
@@ -227,17 +229,33 @@ def items(text: str) -> list[Any]:
 
 def dollars(value: Any, times: int = 1) -> Decimal:
     """USD per million tokens, exactly as written: a float counts as its shortest decimal form."""
+    price = _exact(value)
+    if not 0 <= price * times <= 10**6:
+        raise ValueError("must be from 0 to 1000000 USD per million tokens")
+    return _nano(price * times)
+
+
+def _amount(value: Any) -> Decimal:
+    """USD."""
+    amount = _exact(value)
+    if not 0 < amount <= 10**9:
+        raise ValueError("must be more than 0 and at most 1000000000 USD")
+    return _nano(amount)
+
+
+def _exact(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise ValueError("must be a number of USD")
     try:
-        amount = Decimal(
-            value.strip() if isinstance(value, str) else repr(value) if isinstance(value, float) else value
-        )
+        found = Decimal(value.strip() if isinstance(value, str) else repr(value) if isinstance(value, float) else value)
     except InvalidOperation:
         raise ValueError("must be a number of USD") from None
-    if not amount.is_finite() or not 0 <= amount * times <= 10**6:
-        raise ValueError("must be from 0 to 1000000 USD per million tokens")
-    amount *= times
+    if not found.is_finite():
+        raise ValueError("must be a number of USD")
+    return found
+
+
+def _nano(amount: Decimal) -> Decimal:
     exponent = amount.normalize().as_tuple().exponent
     if isinstance(exponent, int) and exponent < -9:
         raise ValueError("must have at most 9 decimals")

@@ -11,7 +11,8 @@ key, of the whole gateway. A call asks one or more accounts at once and takes fr
 - What running calls hold (slots, reserved tokens and money) is kept for each worker, so that it comes back if the
   worker dies. What is settled after that was held by nobody any more: only what was used still counts.
 - A clock that is set back refills nothing. After more than `CLOCK_SET_BACK` its time is taken for the new one.
-- A budget's period is told by the database's clock: `period_at`. A state of an earlier one begins anew.
+- A budget's period is told by the database's clock: `period_at`. The next one of a kind begins at 0; a budget that is
+  new, or has another kind of period, begins with what the rows say (`seed`).
 
 PostgreSQL does the same in `gateway_admit` (migrations); the tests hold it to this.
 """
@@ -34,13 +35,16 @@ DEAD_AFTER = 15_000
 DAY = 24 * 60 * 60 * 1000
 _KIND = 1_000_000
 Period = Literal["day", "month", "total"]
-Reason = Literal["", "budget", "requests", "tokens", "parallel"]
+Reason = Literal["", "seed", "budget", "requests", "tokens", "parallel"]
 _NONE: Reason = ""
+_STRENGTH: dict[Reason, int] = {"seed": 2, "budget": 1, "requests": 0, "tokens": 0, "parallel": 0}
+"""Which of several refusals is told; of equal ones the one that takes longest."""
 
 
 class Account(NamedTuple):
     """Limits that count together, by name. None: no such limit. Rates per minute, capacities in requests and tokens,
-    money in nano-dollars. `seed`: what the period has cost so far, for an account that the book does not know yet."""
+    money in nano-dollars. `seed`: what the period has cost so far, for a book that does not know; None: nobody has
+    looked."""
 
     subject: str
     request_rate: int | None = None
@@ -50,7 +54,7 @@ class Account(NamedTuple):
     max_parallel: int | None = None
     budget: int | None = None
     period: Period = "total"
-    seed: int = 0
+    seed: int | None = 0
 
 
 class Claim(NamedTuple):
@@ -64,7 +68,8 @@ class Claim(NamedTuple):
 
 class Grant(NamedTuple):
     """What came of a claim. `reason` is empty if it was granted; else it names the limit of the account at `at` that
-    refused, with the milliseconds after which it may be granted, if nobody else comes (0: unknown).
+    refused, with the milliseconds after which it may be granted, if nobody else comes (0: unknown). `seed`: it is not
+    known what the period of its budget has cost; ask again with a seed.
 
     `requests` and `tokens` are the levels of its first account in units, None without such a limit. `periods` are those
     of its accounts' budgets, 0 without one.
@@ -192,8 +197,10 @@ def advance(state: State, account: Account, now: int, refunds: int = 0) -> None:
     if account.budget is not None:
         period = period_at(now, account.period)
         known = state.period
-        if known is None or known // _KIND != period // _KIND or known < period:
-            state.period, state.spent = period, account.seed
+        if known is None or known // _KIND != period // _KIND:
+            state.period, state.spent = (None, 0) if account.seed is None else (period, account.seed)
+        elif known < period:
+            state.period, state.spent = period, 0
 
 
 def _refill(state: State, account: Account, now: int, refunds: int) -> None:
@@ -214,7 +221,7 @@ def decide(claim: Claim, accounts: Sequence[Account], states: Mapping[str, State
     at, reason, wait = 0, _NONE, 0
     for place in claim.accounts:
         why, after = _refusal(claim, accounts[place], states[accounts[place].subject])
-        if why and (not reason or (reason != "budget" and (why == "budget" or after > wait))):
+        if why and (not reason or (_STRENGTH[why], after) > (_STRENGTH[reason], wait)):
             at, reason, wait = place, why, after
     if not reason:
         for place in claim.accounts:
@@ -232,6 +239,8 @@ def decide(claim: Claim, accounts: Sequence[Account], states: Mapping[str, State
 
 
 def _refusal(claim: Claim, account: Account, state: State) -> tuple[Reason, int]:
+    if account.budget is not None and state.period is None:
+        return "seed", 0
     if account.budget is not None and claim.cost > 0 and state.spent + state.reserved + claim.cost > account.budget:
         return "budget", 0
     requests = tokens = 0

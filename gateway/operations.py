@@ -67,7 +67,13 @@ class OperationExchange(Call[OperationRequest]):
         if self.length is not None:
             with self._giving_back():
                 return await self._whole(first)
-        return self._hold(first)
+        try:
+            return self._hold(first)
+        except UpstreamError as failure:
+            try:
+                await self._end_early(failure)
+            finally:
+                await self.close()
 
     async def read(self, write: Callable[[bytes], bool] | None = None) -> bytes:
         """The next bytes; may be empty. The last ones come after the row is durable. Raises GatewayError, recorded."""

@@ -9,6 +9,12 @@ from gateway.ids import random_hex
 from gateway.limits import DEAD_AFTER
 
 
+def _awake_or_not() -> float:
+    """Seconds that go on while the machine sleeps, where the system counts those."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
 class Pulse:
     """The names under which a worker holds something, and since when it has said without a break that it lives.
 
@@ -17,7 +23,7 @@ class Pulse:
     over; then it says nothing more, and what was left of it comes back.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = _awake_or_not) -> None:
         self._clock = clock
         self.name = f"w_{random_hex()}"
         self.is_new = True

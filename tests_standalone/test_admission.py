@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -245,6 +246,41 @@ async def test_metrics_count_what_is_limited(
     stand.give_back(await stand.admit(tokens=50, cost=80), 5, cost)
     await stand.admission.aclose()
     assert told.amounts == amounts
+
+
+async def test_a_budget_whose_period_is_changed_and_changed_back_forgets_nothing(make: Make) -> None:
+    stand = make(KeyLimits())
+    per = [
+        Caller("ann", "key_1", limits=KeyLimits(budget_nanousd=100, budget_period=period))
+        for period in ("total", "day", "total")
+    ]
+    stand.give_back(await stand.admit(cost=60, caller=per[0]), cost=60)
+    stand.seed = 60  # as the rows say from now on
+    for caller in per:
+        with pytest.raises(QuotaExceeded):
+            await stand.admit(cost=41, caller=caller)
+    assert stand.seeds == ["key:key_1"] * 3
+
+
+async def test_callers_of_one_moment_share_the_sum_of_a_budget(make: Make) -> None:
+    stand = make(KeyLimits(budget_nanousd=100, budget_period="total"))
+    stand.seed = 70
+    told = await asyncio.gather(*(stand.admit(cost=20) for _ in range(20)), return_exceptions=True)
+    assert sorted(type(found).__name__ for found in told) == ["QuotaExceeded"] * 19 + ["Ticket"]
+    assert len(stand.seeds) <= 2
+
+
+async def test_limits_that_were_changed_hold_for_the_call_that_learns_of_it(stand: Stand) -> None:
+    key = stored_key(max_parallel=5)
+    await keys.add(stand.database, key)
+    state = await stand.watch.state()
+    caller = Caller("ann", key.id, limits=KeyLimits(max_parallel=5), revision=state.revision, digest=key.digest)
+    await stand.admit(caller=caller)
+    await keys.update(stand.database, key.id, lambda known: replace(known, max_parallel=1))
+
+    with pytest.raises(RateLimited):
+        await stand.admit(caller=caller)
+    assert await stand.held() == [(1, 0, 0)]
 
 
 async def test_a_model_without_a_price_is_refused_under_a_budget_and_the_message_says_what_to_do(make: Make) -> None:

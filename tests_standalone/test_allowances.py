@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from gateway.allowances import Allowances, duration, headers, refusal
 from gateway.caller import Caller, KeyLimits
 from gateway.errors import QuotaExceeded, RateLimited
 from gateway.limits import UNIT, Account, Grant, Reason
+
+unseeded = partial(Account, seed=None)
+"""What has been spent so far is asked only if the book does not know."""
 
 DEFAULT = KeyLimits(requests_per_minute=600)
 PERSON = Caller("ann")
@@ -18,7 +23,7 @@ def keyed(limits: KeyLimits) -> Caller:
 
 
 def test_who_has_no_key_is_a_user_with_the_default_limits() -> None:
-    assert Allowances(DEFAULT).of(PERSON, None).accounts == (Account("user:ann", 600, 600),)
+    assert Allowances(DEFAULT).of(PERSON, None).accounts == (unseeded("user:ann", 600, 600),)
 
 
 def test_nothing_is_asked_where_nothing_is_limited() -> None:
@@ -28,16 +33,16 @@ def test_nothing_is_asked_where_nothing_is_limited() -> None:
 @pytest.mark.parametrize(
     ("own", "account"),
     [
-        (KeyLimits(), Account("key:key_1", 600, 600)),
-        (KeyLimits(requests_per_minute=60), Account("key:key_1", 60, 60)),
-        (KeyLimits(requests_per_minute=60, request_burst=5), Account("key:key_1", 60, 5)),
-        (KeyLimits(request_burst=5), Account("key:key_1", 600, 5)),
-        (KeyLimits(tokens_per_minute=1000), Account("key:key_1", 600, 600, 1000, 1000)),
-        (KeyLimits(tokens_per_minute=1000, token_burst=9), Account("key:key_1", 600, 600, 1000, 9)),
-        (KeyLimits(max_parallel=3), Account("key:key_1", 600, 600, max_parallel=3)),
+        (KeyLimits(), unseeded("key:key_1", 600, 600)),
+        (KeyLimits(requests_per_minute=60), unseeded("key:key_1", 60, 60)),
+        (KeyLimits(requests_per_minute=60, request_burst=5), unseeded("key:key_1", 60, 5)),
+        (KeyLimits(request_burst=5), unseeded("key:key_1", 600, 5)),
+        (KeyLimits(tokens_per_minute=1000), unseeded("key:key_1", 600, 600, 1000, 1000)),
+        (KeyLimits(tokens_per_minute=1000, token_burst=9), unseeded("key:key_1", 600, 600, 1000, 9)),
+        (KeyLimits(max_parallel=3), unseeded("key:key_1", 600, 600, max_parallel=3)),
         (
             KeyLimits(budget_nanousd=10, budget_period="day"),
-            Account("key:key_1", 600, 600, budget=10, period="day"),
+            unseeded("key:key_1", 600, 600, budget=10, period="day"),
         ),
     ],
 )
@@ -61,14 +66,14 @@ def test_each_end_user_of_a_marked_key_has_its_buckets_and_all_share_its_budget(
     assert ann.subject != bob.subject
     assert ann.subject.startswith("key:key_1/")
     assert (ann.request_rate, ann.token_rate, ann.budget) == (600, 10, None)
-    assert shared == also_shared == Account("key:key_1", budget=7, period="month")
+    assert shared == also_shared == unseeded("key:key_1", budget=7, period="month")
 
 
 def test_calls_of_a_marked_key_that_name_nobody_share_a_bucket_beside_its_budget() -> None:
     """In one batch an account has one set of limits, whoever asks it."""
     caller = keyed(KeyLimits(tokens_per_minute=10, per_end_user=True, budget_nanousd=7, budget_period="month"))
     nobody, shared = Allowances(DEFAULT).of(caller, None).accounts
-    assert nobody == Account("key:key_1/", 600, 600, 10, 10, period="month")
+    assert nobody == unseeded("key:key_1/", 600, 600, 10, 10, period="month")
     assert shared == Allowances(DEFAULT).of(caller, "ann").accounts[1]
 
 
@@ -85,7 +90,7 @@ def test_the_length_of_an_account_does_not_depend_on_what_a_client_sends() -> No
 
 def test_the_gateways_budget_is_asked_by_every_call() -> None:
     allowances = Allowances(KeyLimits(), 1000, "day")
-    assert allowances.of(PERSON, None).accounts == (Account("gateway", budget=1000, period="day"),)
+    assert allowances.of(PERSON, None).accounts == (unseeded("gateway", budget=1000, period="day"),)
 
 
 ACCOUNT = Account("key:a", 60, 60, 1000, 2000, 3, 25 * 10**8, "month")

@@ -1211,18 +1211,22 @@ def test_seed_1_names() -> None:
 
 
 def test_budgets_are_exact_amounts_for_a_period() -> None:
-    budgets = load("budgets: {key: {usd: 0.1, period: day}, gateway: {usd: 1000}}").budgets
+    budgets = load("budgets: {key: {usd: 0.1, period: day}, gateway: {usd: 5000000}}").budgets
     assert budgets.key is not None
     assert budgets.gateway is not None
     assert (budgets.key.nanousd, budgets.key.period) == (100_000_000, "day")
-    assert (budgets.gateway.nanousd, budgets.gateway.period) == (1000 * 10**9, "month")
+    assert (budgets.gateway.nanousd, budgets.gateway.period) == (5_000_000 * 10**9, "month")
     assert not budgets.allow_unpriced
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("budgets: {key: {usd: 0}}", "budgets.key.usd: must be"),
+        ("budgets: {key: {usd: 0}}", "budgets.key.usd: must be more than 0"),
+        ("budgets: {gateway: {usd: -1}}", "budgets.gateway.usd: must be more than 0 and at most 1000000000 USD"),
+        ("budgets: {gateway: {usd: 1e10}}", "budgets.gateway.usd: must be more than 0 and at most 1000000000 USD"),
+        ("budgets: {gateway: {usd: 0.0000000001}}", "budgets.gateway.usd: must have at most 9 decimals"),
+        ("budgets: {gateway: {usd: much}}", "budgets.gateway.usd: must be a number of USD"),
         ("budgets: {key: {period: day}}", "budgets.key.usd: "),
         ("budgets: {key: {usd: 1, period: week}}", "budgets.key.period: "),
         ("budgets: {keys: {usd: 1}}", "budgets.keys: unknown"),

@@ -96,7 +96,7 @@ def _add_keys(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
     update = actions.add_parser("update", parents=[common], help="change a key; `none` lifts a limit")
     update.add_argument("id", metavar="ID", help="as `keys list` shows it")
     update.add_argument("--user", default=argparse.SUPPRESS, help="whose conversations and costs these are")
-    _add_fields(update, _number_or_none)
+    _add_fields(update, number_or_none)
     update.add_argument(
         "--admin", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="may it use /admin?"
     )
@@ -133,5 +133,5 @@ def _add_fields(command: _Parser, count: Callable[[str], int | str]) -> None:
     add("--expires", "expires_at", metavar="WHEN", help="2026-12-31, 2026-12-31T12:00 (UTC), or 30d, 12h from now")
 
 
-def _number_or_none(text: str) -> int | str:
+def number_or_none(text: str) -> int | str:
     return text if text == "none" else int(text)

@@ -11,13 +11,13 @@ ALTER TABLE workers SET (fillfactor = 50);
 -- texts: the worker, the subjects of the accounts in the order in which all workers lock them, the workers of settlements.
 -- numbers: beat, judge, now (or NULL), how many accounts, settlements and claims; then
 --   8 for each account: request rate and full bucket, token rate and full bucket (in 60,000ths, as the levels),
---     max_parallel, budget (NULL: no such limit), the kind of its period (0 total, 1 month, 2 day), seed;
+--     max_parallel, budget (NULL: no such limit), the kind of its period (0 total, 1 month, 2 day), seed (or NULL);
 --   8 for each settlement: the place of its account, of its worker in `texts`, slots, tokens held, tokens used, cost held,
 --     cost, period;
 --   for each claim: tokens in 60,000ths, cost, how many accounts it asks, and the place of each.
 --
 -- Returns revision, keys_ever_made, the period of each account (0: no budget), and 5 for each claim: what refused it
--- (0 nothing, 1 budget, 2 requests, 3 tokens, 4 parallel), the place of that account, the wait, and the levels of requests
+-- (0 nothing, 1 budget, 2 requests, 3 tokens, 4 parallel, 5 seed), the place of that account, the wait, and the levels of requests
 -- and of tokens of its first account.
 --
 -- A crash of the server may lose what was decided in its last moments (synchronous_commit). The scans that are off read
@@ -160,10 +160,14 @@ BEGIN
                 WHEN 1 THEN 1000000 - 1 + date_part('month', to_timestamp(present / 1000) AT TIME ZONE 'UTC')
                     + 12 * date_part('year', to_timestamp(present / 1000) AT TIME ZONE 'UTC')
                 ELSE 0 END;
-            IF known IS NULL OR known / 1000000 <> period_now / 1000000 OR known < period_now THEN
-                known := period_now; spent := numbers[b + 8]; is_changed := true;
+            IF known IS NULL OR known / 1000000 <> period_now / 1000000 THEN
+                is_changed := is_changed OR known IS NOT NULL OR numbers[b + 8] IS NOT NULL;
+                known := CASE WHEN numbers[b + 8] IS NULL THEN NULL ELSE period_now END;
+                spent := coalesce(numbers[b + 8], 0);
+            ELSIF known < period_now THEN
+                known := period_now; spent := 0; is_changed := true;
             END IF;
-            result[2 + i] := known;
+            result[2 + i] := coalesce(known, 0);
         ELSE
             result[2 + i] := 0;
         END IF;
@@ -190,7 +194,9 @@ BEGIN
         reason := 0; place := 0; wait := 0;
         FOR k IN p + 4 .. last LOOP
             i := numbers[k]; b := 8 * i - 2;
-            IF cost > 0 AND cost > numbers[b + 6] - spents[i] - reserved_of[i] THEN
+            IF numbers[b + 6] IS NOT NULL AND periods[i] IS NULL THEN
+                why := 5; after := 0;
+            ELSIF cost > 0 AND cost > numbers[b + 6] - spents[i] - reserved_of[i] THEN
                 why := 1; after := 0;
             ELSE
                 why := 0; after := 0;
@@ -208,7 +214,8 @@ BEGIN
                     why := 4;
                 END IF;
             END IF;
-            IF why > 0 AND (reason = 0 OR (reason <> 1 AND (why = 1 OR after > wait))) THEN
+            IF why > 0 AND (reason = 0
+                OR (reason <> 5 AND (why = 5 OR (reason <> 1 AND (why = 1 OR after > wait))))) THEN
                 reason := why; place := i; wait := after;
             END IF;
         END LOOP;

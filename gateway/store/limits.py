@@ -26,7 +26,7 @@ COLUMNS = (
 NUMBERS = COLUMNS[3:]
 INSERT = f"INSERT INTO limit_settlements ({', '.join(COLUMNS)}) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)"
 
-_REASONS: Sequence[Reason] = ("", "budget", "requests", "tokens", "parallel")
+_REASONS: Sequence[Reason] = ("", "budget", "requests", "tokens", "parallel", "seed")
 _FREE = Grant("", 0, 0, None, None, ())
 _KINDS: dict[Period, int] = {"total": 0, "month": 1, "day": 2}
 _MOST_TOKENS = 10**14
@@ -39,6 +39,7 @@ GONE_FOR = 60 * 60 * 1000
 FULL_FOR = 10 * 60 * 1000
 """Milliseconds after which a dead worker is forgotten, and an account that is as good as new."""
 SUBJECTS_AT_ONCE = 200
+ROWS_AT_ONCE = 50_000
 _ENTERED_AT_ONCE = 20
 
 _NOW = {
@@ -106,14 +107,24 @@ def settlement_step(settlements: Iterable[Settlement]) -> Step:
 
 
 async def spent_since(database: Database, *, user_id: str | None, key_id: str | None, since: int) -> int:
-    """What calls have cost since a moment: those of a key, of a user without a key, or of all (`user_id` None)."""
-    values: list[Value] = [since]
-    sql = f"{_SPENT} created_at >= $1"
-    if user_id is not None:
-        values.append(user_id)
-        sql += " AND user_id = $2 AND key_id IS NULL" if key_id is None else " AND user_id = $2 AND key_id = $3"
-        values += [] if key_id is None else [key_id]
-    return int((await database.fetch(sql, *values))[0]["spent"])
+    """What calls have cost since a moment: those of a key, of a user without a key, or of all (`user_id` None).
+
+    Summed up in slices of `ROWS_AT_ONCE` rows, however long the history is: no read may take long.
+    """
+    whose = "" if user_id is None else " AND user_id = $2"
+    key = "" if user_id is None else " AND key_id IS NULL" if key_id is None else " AND key_id = $3"
+    user: list[Value] = [] if user_id is None else [user_id]
+    values = [*user, *([] if user_id is None or key_id is None else [key_id])]
+    border = f"SELECT created_at FROM usage_rows WHERE created_at > $1{whose} ORDER BY created_at LIMIT 1"
+    total = 0
+    while True:
+        found = await database.fetch(f"{border} OFFSET {ROWS_AT_ONCE}", since, *user)
+        until = found[0]["created_at"] if found else None
+        part = "" if until is None else f" AND created_at < {int(until)}"
+        total += int((await database.fetch(f"{_SPENT} created_at >= $1{part}{whose}{key}", since, *values))[0]["spent"])
+        if until is None:
+            return total
+        since = until
 
 
 async def sweep(database: Database, worker: str, after: str = "", *, now: int | None = None) -> str:

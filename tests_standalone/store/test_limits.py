@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import pytest
 
+import gateway.store.limits
 from gateway.ids import ordered_hex
 from gateway.limits import (
     CLOCK_SET_BACK,
@@ -412,7 +413,12 @@ async def test_a_sweep_takes_a_part_and_says_where_it_stopped(migrated: Database
 # What was spent
 
 
-async def test_what_a_key_a_user_and_all_have_spent(migrated: Database) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+async def test_what_a_key_a_user_and_all_have_spent(
+    migrated: Database, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the history is, it is read in slices; rows of one moment stay together."""
+    monkeypatch.setattr(gateway.store.limits, "ROWS_AT_ONCE", at_once)
     used = [
         usage_row(cost_nanousd=1),
         usage_row(cost_nanousd=2, created_at=NOON - 1),
