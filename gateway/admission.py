@@ -204,7 +204,7 @@ class Admission:
         return _Offer(grant, _ticket("", demand, accounts, grant), accounts)
 
     async def _seeded(self, offer: _Offer, caller: Caller) -> list[Account]:
-        """The same accounts, with what that budget has cost which refused for it. Callers of one moment share the sum."""
+        """The same accounts, with what that budget has cost which refused. Callers of one moment share the sum."""
         accounts, place = list(offer.accounts), offer.grant.at
         which = (accounts[place].subject, accounts[place].period)
         if which not in self._sums:
