@@ -22,6 +22,12 @@ Start = Callable[..., Awaitable[GatewayProcess]]
 
 
 @pytest.fixture
+def workers() -> int:
+    """Two, where a test does not ask for more: each takes a second to start."""
+    return 2
+
+
+@pytest.fixture
 async def upstream() -> AsyncIterator[ScriptedUpstream]:
     async with ScriptedUpstream() as running:
         yield running

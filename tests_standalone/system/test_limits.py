@@ -22,8 +22,8 @@ KINDS = ("requests", "tokens")
 
 
 @pytest.fixture
-async def gateway(upstream: ScriptedUpstream, start: Start, database_url: str) -> GatewayProcess:
-    return await start(keyed(upstream, database_url))
+async def gateway(upstream: ScriptedUpstream, start: Start, database_url: str, workers: int) -> GatewayProcess:
+    return await start(keyed(upstream, database_url, workers=workers))
 
 
 def spoken(words: int, **more: object) -> dict[str, object]:
@@ -79,10 +79,12 @@ async def tokens_are_exact(gateways: list[GatewayProcess], upstream: ScriptedUps
     assert {answer.json["error"]["type"] for answer in run.refused} == {"tokens"}
 
 
+@pytest.mark.parametrize("workers", [4])
 async def test_requests_over_four_workers(gateway: GatewayProcess, upstream: ScriptedUpstream) -> None:
     await requests_are_exact([gateway], upstream)
 
 
+@pytest.mark.parametrize("workers", [4])
 async def test_tokens_over_four_workers(gateway: GatewayProcess, upstream: ScriptedUpstream) -> None:
     await tokens_are_exact([gateway], upstream)
 
@@ -95,6 +97,7 @@ async def test_requests_and_tokens_over_two_gateways(upstream: ScriptedUpstream,
     await tokens_are_exact(gateways, upstream)
 
 
+@pytest.mark.parametrize("workers", [4])
 async def test_never_more_at_once_than_slots(gateway: GatewayProcess, upstream: ScriptedUpstream) -> None:
     slots = 5
     key = await Key.made(gateway, max_parallel=slots)

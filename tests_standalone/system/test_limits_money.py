@@ -36,8 +36,8 @@ def configured(upstream: ScriptedUpstream, database_url: str, **more: Any) -> di
 
 
 @pytest.fixture
-async def gateway(upstream: ScriptedUpstream, start: Start, database_url: str) -> GatewayProcess:
-    return await start(configured(upstream, database_url))
+async def gateway(upstream: ScriptedUpstream, start: Start, database_url: str, workers: int) -> GatewayProcess:
+    return await start(configured(upstream, database_url, workers=workers))
 
 
 def costing(words: int, **more: Any) -> dict[str, Any]:
@@ -56,6 +56,7 @@ def check_quota(answer: Answer) -> None:
 # --- never more than there is
 
 
+@pytest.mark.parametrize("workers", [4])
 async def test_a94_two_hundred_at_once_and_a_budget_for_one(
     gateway: GatewayProcess, upstream: ScriptedUpstream
 ) -> None:
@@ -209,6 +210,7 @@ async def test_embeddings_cost_what_they_cost(gateway: GatewayProcess) -> None:
     assert await check_books(key) == (3, 6000)
 
 
+@pytest.mark.parametrize("workers", [4])
 async def test_after_all_that_can_happen_the_books_agree(gateway: GatewayProcess, upstream: ScriptedUpstream) -> None:
     """Answers, failures, cuts and clients that leave at any time, over all workers."""
     key = await limited(gateway)

@@ -23,8 +23,8 @@ NOTHING_LEFT = {"budget": "0.000001"}
 
 
 @pytest.fixture
-async def gateway(upstream: ScriptedUpstream, start: Start, database_url: str) -> GatewayProcess:
-    return await start(keyed(upstream, database_url, models=MODELS))
+async def gateway(upstream: ScriptedUpstream, start: Start, database_url: str, workers: int) -> GatewayProcess:
+    return await start(keyed(upstream, database_url, workers=workers, models=MODELS))
 
 
 async def statuses(gateway: GatewayProcess) -> list[int]:
