@@ -1,4 +1,4 @@
-"""The command line of the benchmark. A whole run takes about half an hour, the peers' a quarter of one."""
+"""The command line of the benchmark. A whole run takes about three quarters of an hour, the peers' a quarter of one."""
 
 from __future__ import annotations
 
