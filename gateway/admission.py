@@ -143,7 +143,7 @@ class Admission:
 
     async def admit(self, caller: Caller, end_user: str | None, estimate: Callable[[bool], Demand]) -> Ticket:
         """Lets a call in. `estimate(cost)` is asked only where something depends on it. Raises RateLimited,
-        QuotaExceeded, PermissionDenied, Unauthenticated, DatabaseUnavailable."""
+        QuotaExceeded, PermissionDenied, Unauthenticated, Unavailable."""
         started = time.perf_counter()
         for _ in range(ATTEMPTS):
             allowance = self._allowances.of(caller, end_user)
@@ -153,12 +153,12 @@ class Admission:
                 if offer.grant.reason == "seed":
                     offer = await self._offer(await self._seeded(offer, caller), demand)
             renewed = await self._renewed(caller, offer)
-            if renewed.limits == caller.limits:
+            if renewed.limits == caller.limits and offer.grant.reason != "seed":
                 break
             self.release(self.settle(offer.ticket, 0, 0))
             caller = renewed
         else:
-            raise Unavailable("The limits of this key are changing. Try again in a moment.", retry_after=1)
+            raise Unavailable("The limits of this call are changing. Try again in a moment.", retry_after=1)
         grant, ticket = offer.grant, offer.ticket
         if grant.reason:
             if self._metrics is not None:

@@ -13,7 +13,14 @@ from gateway.allowances import Allowances
 from gateway.auth import Auth
 from gateway.caller import Caller, KeyLimits
 from gateway.compose_limits import DatabaseBook
-from gateway.errors import DatabaseUnavailable, PermissionDenied, QuotaExceeded, RateLimited, Unauthenticated
+from gateway.errors import (
+    DatabaseUnavailable,
+    PermissionDenied,
+    QuotaExceeded,
+    RateLimited,
+    Unauthenticated,
+    Unavailable,
+)
 from gateway.key_watch import KeyWatch
 from gateway.limits import Account, Batch, Verdict
 from gateway.limits_memory import MemoryBook
@@ -34,6 +41,7 @@ class Line:
         self._open.set()
         self.down = False
         self.lose_answers = 0
+        self.forgets = False
         self.batches: list[Batch] = []
 
     def hold(self) -> None:
@@ -48,6 +56,8 @@ class Line:
         await self._open.wait()
         if self.down:
             raise DatabaseUnavailable("told to be down")
+        if self.forgets:
+            batch = batch._replace(accounts=[account._replace(seed=None) for account in batch.accounts])
         verdict = await self._book.admit(batch)
         if self.lose_answers and batch.claims:
             self.lose_answers -= 1
@@ -260,6 +270,16 @@ async def test_a_budget_whose_period_is_changed_and_changed_back_forgets_nothing
         with pytest.raises(QuotaExceeded):
             await stand.admit(cost=41, caller=caller)
     assert stand.seeds == ["key:key_1"] * 3
+
+
+async def test_a_budget_whose_period_others_keep_changing_is_no_rate_limit(stand: Stand) -> None:
+    """Whenever this worker knows what has been spent, another has changed the period again."""
+    stand.line.forgets = True
+    caller = Caller("ann", "key_1", limits=KeyLimits(budget_nanousd=100, budget_period="day"))
+    with pytest.raises(Unavailable):
+        await stand.admit(cost=1, caller=caller)
+    stand.line.forgets = False
+    await stand.admit(cost=1, caller=caller)
 
 
 async def test_callers_of_one_moment_share_the_sum_of_a_budget(make: Make) -> None:

@@ -179,7 +179,8 @@ class _Transaction:
 
 
 class _Thread:
-    """A thread and the connection that only it touches. Jobs run in the order in which they came.
+    """A thread and its connection, which the event loop may use while the thread `is_idle`. Jobs run in the order in
+    which they came.
 
     An executor has two futures and three locks for each job, which costs as much as the statements of a small one.
     """
@@ -293,7 +294,7 @@ async def _close(writer: _Thread, reader: _Thread) -> None:
         await writer.close()
 
 
-# What follows runs on a thread.
+# What follows runs on a thread; `_is_small` and `_prepare`, with what it does, in the event loop.
 
 
 def _create(path: Path) -> None:
