@@ -127,9 +127,9 @@ class Gateway:
             readiness=readiness,
         )
         opening = asyncio.create_task(_bring_up(database, readiness, auto_migrate=settings.database.auto_migrate))
+        opening.add_done_callback(lambda opened: None if opened.cancelled() else admission.start())
         try:
             await asyncio.wait({opening}, timeout=3)
-            admission.start()
             ledger.start()
             catalog.start()
             metrics.watch(database, ledger)
