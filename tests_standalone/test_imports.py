@@ -54,7 +54,7 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "store.postgres": ("errors", "store.database", "store.postgres_*"),
     "store.postgres_turns": ("store.database", *NOUNS),
     "store.postgres_*": ("errors", "store.database"),
-    "store.sqlite": ("errors", "store.database"),
+    "store.sqlite": ("errors", "store.database", "store.sqlite_statements"),
     "store.limits*": ("errors", "ids", "limits", "store.database", "store.keys", "store.limits_*", *WIRE),
     "store.connect": ("store.database", "store.postgres", "store.sqlite"),
     "store.migrate": ("errors", "store.database"),

@@ -8,7 +8,7 @@ Rules:
 - The statements of a small write run in the event loop, while its thread has nothing to do, and only the COMMIT in the
   thread: each call into SQLite gives Python's lock away and waits for it four times, which beside a busy loop costs
   several times what the statements do. Whoever would have to wait, for a lock or a slow disk, goes to the thread.
-- `$1` is bound by position, as `?`: by name costs a look-up for each value of each row.
+- `$1` is bound by position (`sqlite_statements`).
 - sqlite3's exceptions end here, by SQLite's own code: the row is at fault (`RowRejected`) or the database is
   (`DatabaseUnavailable`). Any other is a mistake in our SQL and flies as it is.
 - After an error of the file or the disk the connection is closed; the next job opens another.
@@ -18,21 +18,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import lru_cache
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 from gateway.errors import DatabaseUnavailable
 from gateway.store.database import AlreadyThere, PoolUse, Row, RowRejected, Step, Transaction, Value
+from gateway.store.sqlite_statements import positional, statements
 
 T = TypeVar("T")
 
@@ -50,21 +47,12 @@ WRITER = (
 )
 READER = ("PRAGMA query_only = ON",)
 
-ROWS_AT_ONCE = 16
-"""How many rows one statement inserts."""
 ROWS_HERE = 128
 CHARACTERS_HERE = 128 << 10
 """What a write in the event loop may have."""
 SLOW = 0.03
 SLOW_FOR = 30.0
 """Seconds that a write in the event loop may take, and for which none follows one that took longer."""
-
-_PLACE = re.compile(r"\$(\d+)")
-_INSERT = re.compile(
-    r"(?P<into>\s*INSERT INTO (?P<table>\w+) \([\w, \n]+\))\s+"
-    r"(VALUES (?P<row>\([?, ]+\))(?P<rest>.*)|(?P<select>SELECT (?!.*\b(?P=table)\b).*))",
-    re.DOTALL,
-)
 
 DUPLICATE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_ROWID}
 DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -365,7 +353,7 @@ def _prepare(connection: sqlite3.Connection, work: Sequence[Step]) -> bool:
 def _do(connection: sqlite3.Connection, work: Sequence[Step]) -> None:
     try:
         for sql, rows in work:
-            for statement, values in _statements(sql, rows):
+            for statement, values in statements(sql, rows):
                 connection.execute(statement, values)
     except BaseException:
         _roll_back(connection)
@@ -404,43 +392,8 @@ def _patiently(connection: sqlite3.Connection, sql: str, args: Sequence[Value] =
 def _fetch(connection: sqlite3.Connection, sql: str, args: Sequence[Value]) -> list[sqlite3.Row]:
     if not args:
         return connection.execute(sql).fetchall()
-    text, placed = _positional(sql)
+    text, placed = positional(sql)
     return connection.execute(text, placed(args)).fetchall()
-
-
-def _statements(sql: str, rows: Sequence[Sequence[Value]]) -> Iterator[tuple[str, Sequence[Value]]]:
-    """A step's statements with their values: up to `ROWS_AT_ONCE` rows each, if the statement can take several."""
-    text, placed = _positional(sql)
-    several = len(rows) > 1 and _of_rows(text, 2) is not None
-    for first in range(0, len(rows), ROWS_AT_ONCE if several else 1):
-        if not several:
-            yield text, placed(rows[first])
-            continue
-        together = rows[first : first + ROWS_AT_ONCE]
-        yield _of_rows(text, len(together)) or text, list(chain.from_iterable(map(placed, together)))
-
-
-@lru_cache(512)
-def _of_rows(text: str, count: int) -> str | None:
-    """The statement that inserts so many rows; None if it is no INSERT, or one that reads what it inserts."""
-    found = _INSERT.fullmatch(text)
-    if found is None:
-        return None
-    if found["row"] is not None:
-        return f"{found['into']} VALUES {', '.join([found['row']] * count)}{found['rest']}"
-    return f"{found['into']} {' UNION ALL '.join([found['select']] * count)}"
-
-
-@lru_cache(512)
-def _positional(sql: str) -> tuple[str, Callable[[Sequence[Value]], Sequence[Value]]]:
-    """The statement with `?` for `$1`, and what brings a row's values into the order in which they are asked for."""
-    order = [int(place) - 1 for place in _PLACE.findall(sql)]
-    text = _PLACE.sub("?", sql)
-    if order == list(range(len(order))):
-        return text, tuple
-    if len(order) == 1:
-        return text, itemgetter(slice(order[0], order[0] + 1))
-    return text, itemgetter(*order)
 
 
 class _Damaged(sqlite3.DatabaseError):
