@@ -2,7 +2,7 @@
 
 That is its place in the buckets, the slots and the budgets (`limits`), and the proof that its key still holds and that
 the database answers: no upstream is called for a turn that could not be recorded. A worker that is alone on SQLite
-keeps the book in its memory and asks nobody.
+keeps the book in its memory and asks nobody; a busy one holds some ahead (`slices`) and asks in the background.
 
 - What a call holds is settled with its turn, in the ledger's transaction; here only for a call that leaves no turn.
 - Whoever stops waiting gives back what was granted meanwhile.
@@ -19,15 +19,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gateway.allowances import Allowance, Allowances, headers, refusal
+from gateway.allowances import Allowance, Allowances, refusal
 from gateway.auth import Auth
 from gateway.caller import Caller
 from gateway.errors import DatabaseUnavailable, PermissionDenied, Unavailable
 from gateway.key_watch import KeyWatch
-from gateway.limits import BEAT_EVERY, Account, Batch, Claim, Grant, Settlement, Verdict, held, summed
+from gateway.limits import BEAT_EVERY, Account, Batch, Claim, Settlement, Verdict, summed
 from gateway.limits_memory import MemoryBook
 from gateway.pulse import Pulse
+from gateway.slices import GOOD_SECONDS, Slices
 from gateway.store.keys import KeyState
+from gateway.tickets import NOTHING, Demand, Offer, Ticket, claim_of, most, ticket_for
 
 log = logging.getLogger("gateway.admission")
 
@@ -57,42 +59,13 @@ class Book(Protocol):
         """Puts away what is over. Called now and then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a call asks for: tokens and nano-dollars at most. `cost` None: nobody knows its price."""
-
-    tokens: int = 0
-    cost: int | None = 0
-
-
-_NOTHING = Demand()
-
-
-@dataclass(slots=True)
-class Ticket:
-    """A call that was let in. `holds` is what it has not given back; `headers` are for its reply."""
-
-    holds: Sequence[Settlement] = ()
-    headers: Sequence[tuple[bytes, bytes]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """What the book said. `accounts` are those that were asked, as they were asked; `state` None: it was not told."""
-
-    grant: Grant
-    ticket: Ticket
-    accounts: Sequence[Account]
-    state: KeyState | None = None
-
-
 @dataclass(slots=True)
 class _Waiting:
     """A caller that waits for its grant. `accounts` are those of its claim."""
 
     demand: Demand
     accounts: Sequence[Account]
-    answer: asyncio.Future[_Offer]
+    answer: asyncio.Future[Offer]
 
 
 class Admission:
@@ -122,6 +95,8 @@ class Admission:
         self._released: list[Settlement] = []
         self._running: asyncio.Task[None] | None = None
         self._pulse = pulse or Pulse()
+        self._slices = Slices()
+        self._looking: asyncio.TimerHandle | None = None
         self._beating: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -133,7 +108,10 @@ class Admission:
         if self._beating is not None:
             self._beating.cancel()
             await asyncio.wait({self._beating})
-        if self._released:
+        if self._looking is not None:
+            self._looking.cancel()
+        self._slices.give_up()
+        if self._released or self._slices.due:
             self._ensure_running()
         if self._running is not None:
             await asyncio.wait({self._running}, timeout=2)
@@ -148,11 +126,14 @@ class Admission:
         for _ in range(ATTEMPTS):
             allowance = self._allowances.of(caller, end_user)
             demand = self._demand(allowance, estimate)
-            offer = await self._offer(allowance.accounts, demand)
+            offer = self._held_ahead(allowance.accounts, demand) or await self._offer(allowance.accounts, demand)
             for _ in offer.accounts:
                 if offer.grant.reason == "seed":
                     offer = await self._offer(await self._seeded(offer, caller), demand)
-            renewed = await self._renewed(caller, offer)
+            if offer.state is None or offer.state.revision == caller.revision:
+                renewed = caller
+            else:
+                renewed = await self._renewed(caller, offer, offer.state)
             if renewed.limits == caller.limits and offer.grant.reason != "seed":
                 break
             self.release(self.settle(offer.ticket, 0, 0))
@@ -167,7 +148,7 @@ class Admission:
             raise refusal(grant, offer.accounts[grant.at], told)
         if self._metrics is not None:
             self._metrics.admitted(time.perf_counter() - started)
-            self._metrics.reserved(*_most(ticket.holds))
+            self._metrics.reserved(*most(ticket.holds))
         return ticket
 
     @property
@@ -182,7 +163,7 @@ class Admission:
         if not holds:
             return []
         if self._metrics is not None:
-            counted, reserved = _most(holds)
+            counted, reserved = most(holds)
             self._metrics.settled(tokens if counted else 0, reserved if cost is None else cost if reserved else 0)
         self._pulse.left(holds[0].worker)
         settled = [one._replace(tokens_used=tokens, cost=one.cost_held if cost is None else cost) for one in holds]
@@ -197,13 +178,13 @@ class Admission:
             self._released += settlements
             self._ensure_running()
 
-    async def _offer(self, accounts: Sequence[Account], demand: Demand) -> _Offer:
+    async def _offer(self, accounts: Sequence[Account], demand: Demand) -> Offer:
         if not isinstance(self._book, MemoryBook):
             return await self._granted(demand, accounts)
-        [grant] = self._book.admit(Batch("", accounts, [_claim(demand, accounts)]))
-        return _Offer(grant, _ticket("", demand, accounts, grant), accounts)
+        [grant] = self._book.admit(Batch("", accounts, [claim_of(demand, accounts)]))
+        return Offer(grant, ticket_for("", demand, accounts, grant), accounts)
 
-    async def _seeded(self, offer: _Offer, caller: Caller) -> list[Account]:
+    async def _seeded(self, offer: Offer, caller: Caller) -> list[Account]:
         """The same accounts, with what that budget has cost which refused. Callers of one moment share the sum."""
         accounts, place = list(offer.accounts), offer.grant.at
         which = (accounts[place].subject, accounts[place].period)
@@ -215,7 +196,7 @@ class Admission:
 
     def _demand(self, allowance: Allowance, estimate: Callable[[bool], Demand]) -> Demand:
         if not allowance.counted:
-            return _NOTHING
+            return NOTHING
         demand = estimate(allowance.priced)
         if demand.cost is not None:
             return demand
@@ -228,22 +209,47 @@ class Admission:
             code="price_unknown",
         )
 
-    async def _renewed(self, caller: Caller, offer: _Offer) -> Caller:
-        """The caller as the keys stand by now: the statement that decided has also told whether they have changed. What
-        it holds goes back if it may not call any more."""
-        state = offer.state
-        if state is None or state.revision == caller.revision:
-            return caller
-        self._watch.tell(state)
+    async def _renewed(self, caller: Caller, offer: Offer, state: KeyState) -> Caller:
+        """The caller as the keys stand by now: the statement that decided has also told that they have changed. What it
+        holds goes back if it may not call any more."""
         try:
             return await self._auth.again(caller, state)
         except BaseException:
             self.release(self.settle(offer.ticket, 0, 0))
             raise
 
+    # --- ahead
+
+    def _held_ahead(self, accounts: Sequence[Account], demand: Demand) -> Offer | None:
+        if isinstance(self._book, MemoryBook):
+            return None
+        name = self._pulse.name
+        grant = self._slices.take(name, accounts, demand.tokens, demand.cost or 0)
+        if grant is None:
+            self._slices.count(accounts, demand.tokens, demand.cost or 0)
+            return None
+        if self._slices.due:
+            self._ensure_running()
+        ticket = ticket_for(name, demand, accounts, grant)
+        if ticket.holds:
+            self._pulse.entered(name)
+        return Offer(grant, ticket, accounts, self._slices.keys)
+
+    def _look_after_slices(self) -> None:
+        """What nobody takes goes back."""
+        self._looking = None
+        self._slices.look()
+        if self._slices.due:
+            self._ensure_running()
+        self._keep_looking()
+
+    def _keep_looking(self) -> None:
+        if self._looking is None and len(self._slices):
+            self._looking = asyncio.get_running_loop().call_later(GOOD_SECONDS, self._look_after_slices)
+
     # --- batches
 
-    async def _granted(self, demand: Demand, accounts: Sequence[Account]) -> _Offer:
+    async def _granted(self, demand: Demand, accounts: Sequence[Account]) -> Offer:
         if self._loop is None:  # asking asyncio for it costs a system call each time
             self._loop = asyncio.get_running_loop()
         waiting = _Waiting(demand, accounts, self._loop.create_future())
@@ -262,7 +268,7 @@ class Admission:
             self._running = asyncio.get_running_loop().create_task(self._run(self._book), name="admission")
 
     async def _run(self, book: Book) -> None:
-        while self._waiting or self._released:
+        while self._waiting or self._released or self._slices.due:
             batch, self._waiting = self._waiting[:MOST_CLAIMS], self._waiting[MOST_CLAIMS:]
             released, self._released = self._released, []
             try:
@@ -273,6 +279,7 @@ class Admission:
                         waiting.answer.set_exception(failure)
                 if not isinstance(failure, Exception):
                     raise
+                self._slices.forget()
                 self._pulse.rename()  # it may have been done all the same: what this name then holds must not live on
 
     async def _admit(self, book: Book, batch: Sequence[_Waiting], released: Sequence[Settlement]) -> None:
@@ -280,25 +287,38 @@ class Admission:
         places: dict[str, int] = {}
         claims: list[Claim] = []
         for waiting in batch:
-            claims.append(_claim(waiting.demand, waiting.accounts, accounts, places))
+            claims.append(claim_of(waiting.demand, waiting.accounts, accounts, places))
         self._pulse.check()
-        name = self._pulse.name
-        asked = Batch(name, accounts, claims, summed(released), beat=self._pulse.is_new, judge=self._pulse.is_steady)
+        name, asked_at = self._pulse.name, self._slices.now()
+        wishes = self._slices.wishes(name, accounts, places)
+        self._keep_looking()
+        asked = Batch(
+            name,
+            accounts,
+            claims,
+            summed(released),
+            beat=self._pulse.is_new,
+            judge=self._pulse.is_steady,
+            wishes=wishes,
+        )
         verdict = await book.admit(asked)
         if asked.beat:  # nothing else says so to the others
             self._pulse.said(name)
         state = KeyState(verdict.revision, verdict.ever_made)
+        self._watch.tell(state, asked_at)
+        self._slices.told(state, asked_at)
+        self._slices.entered(accounts, wishes, verdict.ahead, asked_at)
         for waiting, claim, grant in zip(batch, claims, verdict.grants, strict=True):
             if grant.reason:
                 grant = grant._replace(at=claim.accounts.index(grant.at))
             asked_of = [accounts[place] for place in claim.accounts]  # others may know other limits of the same key
-            ticket = _ticket(name, waiting.demand, asked_of, grant)
+            ticket = ticket_for(name, waiting.demand, asked_of, grant)
             if ticket.holds:
                 self._pulse.entered(name)
             if waiting.answer.done():  # its caller has gone
                 self._released += self.settle(ticket, 0, 0)
             else:
-                waiting.answer.set_result(_Offer(grant, ticket, asked_of, state))
+                waiting.answer.set_result(Offer(grant, ticket, asked_of, state))
 
     # --- signs of life
 
@@ -319,41 +339,3 @@ class Admission:
                 log.exception("saying that this worker lives failed")
                 self._pulse.stopped()
             await asyncio.sleep(BEAT_EVERY / 1000)
-
-
-def _claim(
-    demand: Demand,
-    accounts: Sequence[Account],
-    known: list[Account] | None = None,
-    places: dict[str, int] | None = None,
-) -> Claim:
-    """A claim on its accounts; on those `known` to a batch, of which `places` tells the subjects."""
-    if known is None or places is None:
-        return Claim(demand.tokens, demand.cost or 0, range(len(accounts)))
-    asked = []
-    for account in accounts:
-        place = places.setdefault(account.subject, len(known))
-        if place == len(known):
-            known.append(account)
-        elif account.seed is not None:
-            known[place] = account
-        asked.append(place)
-    return Claim(demand.tokens, demand.cost or 0, asked)
-
-
-def _most(holds: Sequence[Settlement]) -> tuple[int, int]:
-    """The tokens and nano-dollars that a call has reserved; 0 where these are not limited."""
-    return max((one.tokens_held for one in holds), default=0), max((one.cost_held for one in holds), default=0)
-
-
-def _ticket(worker: str, demand: Demand, accounts: Sequence[Account], grant: Grant) -> Ticket:
-    told = headers(accounts[0], grant) if accounts else ()
-    if grant.reason:
-        return Ticket((), told)
-    claim = Claim(demand.tokens, demand.cost or 0, ())
-    holds = [
-        held(claim, account, grant, place, worker)
-        for place, account in enumerate(accounts)
-        if account.max_parallel is not None or account.token_rate is not None or account.budget is not None
-    ]
-    return Ticket(holds, told)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from gateway import estimates
-from gateway.admission import Admission, Demand, Ticket
+from gateway.admission import Admission
 from gateway.auth import Caller
 from gateway.catalog import Catalog, Model, Route
 from gateway.conversations import Talk
@@ -33,6 +33,7 @@ from gateway.errors import UNSENT, BadRequest, GatewayError, NeverSent, Unavaila
 from gateway.ledger import Ledger, Turn
 from gateway.metering import Meter, Outcome, nothing
 from gateway.store.usage import UsageRow
+from gateway.tickets import Demand, Ticket
 from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Message, Usage
 from gateway.wire.operation import OperationRequest

@@ -41,8 +41,9 @@ class KeyWatch:
         """How it stands now. Raises DatabaseUnavailable."""
         return await self._reads.answer(None)
 
-    def tell(self, state: KeyState) -> None:
-        """Somebody else has learned it. It says nothing of how things stand now."""
+    def tell(self, state: KeyState, asked_at: float = _LONG_AGO) -> None:
+        """Somebody else has learned it, who asked at that moment (monotonic clock)."""
+        self._known_at = max(self._known_at, asked_at)
         known = self._newest
         if state.revision > known.revision or state.ever_made > known.ever_made:
             self._newest = KeyState(max(state.revision, known.revision), state.ever_made or known.ever_made)
@@ -58,5 +59,5 @@ class KeyWatch:
         except BaseException:
             self._known_at = _LONG_AGO
             raise
-        self._known_at = asked_at
+        self._known_at = max(self._known_at, asked_at)
         return [self._newest] * len(asked)

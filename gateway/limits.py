@@ -10,11 +10,14 @@ key, of the whole gateway. A call asks one or more accounts at once and takes fr
 - Only what is limited is held: slots where `max_parallel` is set, tokens where a rate is, money where a budget is.
 - What running calls hold (slots, reserved tokens and money) is kept for each worker, so that it comes back if the
   worker dies. What is settled after that was held by nobody any more: only what was used still counts.
+- A worker may hold some of it ahead of its calls (`Wish`), so that not every call has to ask (`slices`): taken off the
+  levels when it is lent, never more than an `AHEAD_SHARE`th of what is left. A bucket and what is held ahead of it are
+  never more than its capacity together.
 - A clock that is set back refills nothing. After more than `CLOCK_SET_BACK` its time is taken for the new one.
 - A budget's period is told by the database's clock: `period_at`. The next one of a kind begins at 0; a budget that is
   new, or has another kind of period, begins with what the rows say (`seed`).
 
-PostgreSQL does the same in `gateway_admit` (migrations); the tests hold it to this.
+PostgreSQL does the same in `gateway_admit_2` (migrations); the tests hold it to this.
 """
 
 from __future__ import annotations
@@ -31,6 +34,11 @@ CLOCK_SET_BACK = 1_000
 BEAT_EVERY = 3_000
 DEAD_AFTER = 15_000
 """Milliseconds between a worker's signs of life, and without one."""
+
+AHEAD_SHARE = 16
+WORTH_IT = 4
+"""A worker is lent at most a sixteenth of what is left, and nothing if that is not a fourth of what it wants of each
+thing: so there is plenty for the others, and near a limit nothing lies in parts too small for a call."""
 
 DAY = 24 * 60 * 60 * 1000
 _KIND = 1_000_000
@@ -97,8 +105,35 @@ class Settlement(NamedTuple):
     period: int
 
 
+class Wish(NamedTuple):
+    """How a worker wants what it holds ahead of the account at `at` to change: more, or (negative) less. `used_...` is
+    what its calls have taken of it since it asked last."""
+
+    at: int
+    requests: int = 0
+    tokens: int = 0
+    slots: int = 0
+    cost: int = 0
+    used_requests: int = 0
+    used_tokens: int = 0
+
+
+class Ahead(NamedTuple):
+    """What came of a wish: how much more the worker holds ahead (nothing, if it wanted less: that is always done), and
+    of the account its levels in units and its budget's period, as in a `Grant`."""
+
+    requests: int
+    tokens: int
+    slots: int
+    cost: int
+    request_level: int | None
+    token_level: int | None
+    period: int
+
+
 class Batch(NamedTuple):
-    """What a worker asks of the book at once, for all callers that wait. `settlements` are of calls that left no turn.
+    """What a worker asks of the book at once, for all callers that wait. `settlements` are of calls that left no turn;
+    at most one wish for each account.
 
     `beat`: say that this worker lives. `judge`: take back what workers hold that have said nothing for `DEAD_AFTER`.
     `now`: the time, instead of the database's (tests).
@@ -111,28 +146,35 @@ class Batch(NamedTuple):
     beat: bool = False
     judge: bool = False
     now: int | None = None
+    wishes: Sequence[Wish] = ()
 
 
 class Verdict(NamedTuple):
-    """The answer to a batch: a grant for each claim, in order, and the state of the keys at that moment."""
+    """The answer to a batch: a grant for each claim and what came of each wish, in order, and the state of the keys at
+    that moment."""
 
     grants: Sequence[Grant]
     revision: int
     ever_made: bool
+    ahead: Sequence[Ahead] = ()
 
 
 @dataclass(slots=True)
 class Hold:
-    """What one worker's running calls hold of an account."""
+    """What one worker holds of an account: its running calls, and what it has ahead of the next ones. Requests are held
+    ahead only; `tokens_ahead` are those of `tokens` that no call has taken yet, as far as the worker has told."""
 
     slots: int = 0
     tokens: int = 0
     cost: int = 0
+    requests_ahead: int = 0
+    tokens_ahead: int = 0
 
 
 @dataclass(slots=True)
 class State:
-    """An account as it stands. Levels in units, None: never limited. `slots` and `reserved` are of all workers."""
+    """An account as it stands. Levels in units, None: never limited. What is held (from `slots` on) is that of all
+    workers."""
 
     at: int
     requests: int | None = None
@@ -141,6 +183,8 @@ class State:
     spent: int = 0
     slots: int = 0
     reserved: int = 0
+    requests_ahead: int = 0
+    tokens_ahead: int = 0
 
 
 def period_at(now: int, period: Period) -> int:
@@ -182,9 +226,73 @@ def settle(state: State, hold: Hold | None, settlement: Settlement) -> int:
 
 
 def take_back(state: State, hold: Hold) -> int:
-    """Frees what a dead worker held. Returns the units of tokens to give back, for `advance`."""
+    """Frees what a dead worker held; requests that it held ahead may have been used, and time brings them back. Returns
+    the units of tokens to give back, for `advance`."""
     state.slots, state.reserved = state.slots - hold.slots, state.reserved - hold.cost
+    state.requests_ahead, state.tokens_ahead = (
+        state.requests_ahead - hold.requests_ahead,
+        state.tokens_ahead - hold.tokens_ahead,
+    )
     return hold.tokens * UNIT
+
+
+def returned(state: State, hold: Hold, wish: Wish) -> int:
+    """Enters what a worker has used of what it held ahead, and what it wants no more. Returns the units of tokens to
+    give back, for `advance`."""
+    used, back = min(hold.requests_ahead, wish.used_requests), 0
+    if wish.requests < 0:
+        back = min(hold.requests_ahead - used, -wish.requests)
+        if state.requests is not None:
+            state.requests += back * UNIT
+    hold.requests_ahead, state.requests_ahead = hold.requests_ahead - used - back, state.requests_ahead - used - back
+    used, back = min(hold.tokens_ahead, wish.used_tokens), 0
+    if wish.tokens < 0:
+        back = min(hold.tokens_ahead - used, hold.tokens, -wish.tokens)
+    hold.tokens_ahead, state.tokens_ahead = hold.tokens_ahead - used - back, state.tokens_ahead - used - back
+    hold.tokens -= back
+    slots, cost = min(hold.slots, max(0, -wish.slots)), min(hold.cost, max(0, -wish.cost))
+    hold.slots, hold.cost = hold.slots - slots, hold.cost - cost
+    state.slots, state.reserved = state.slots - slots, state.reserved - cost
+    return back * UNIT
+
+
+def lend(state: State, hold: Hold, account: Account, wish: Wish) -> Ahead:
+    """Gives a worker of what its account has left, once all claims are decided; nothing at all if of one thing there is
+    too little."""
+    wanted, left = (wish.requests, wish.tokens, wish.slots, wish.cost), _left(state, account)
+    given = [0, 0, 0, 0]
+    shares = [max(0, have) // AHEAD_SHARE for have in left]
+    if all(WORTH_IT * share >= want for want, share in zip(wanted, shares, strict=True)):
+        given = [max(0, min(want, share)) for want, share in zip(wanted, shares, strict=True)]
+    requests, tokens, slots, cost = given
+    if requests:
+        state.requests = (state.requests or 0) - requests * UNIT
+    if tokens:
+        state.tokens = (state.tokens or 0) - tokens * UNIT
+    state.slots, state.reserved = state.slots + slots, state.reserved + cost
+    hold.slots, hold.tokens, hold.cost = hold.slots + slots, hold.tokens + tokens, hold.cost + cost
+    hold.requests_ahead, hold.tokens_ahead = hold.requests_ahead + requests, hold.tokens_ahead + tokens
+    state.requests_ahead, state.tokens_ahead = state.requests_ahead + requests, state.tokens_ahead + tokens
+    return Ahead(
+        requests,
+        tokens,
+        slots,
+        cost,
+        state.requests if account.request_rate is not None else None,
+        state.tokens if account.token_rate is not None else None,
+        state.period or 0 if account.budget is not None else 0,
+    )
+
+
+def _left(state: State, account: Account) -> tuple[int, int, int, int]:
+    """Requests, tokens, slots and money that could still be had; 0 of what is not limited."""
+    known = account.budget is not None and state.period is not None
+    return (
+        (state.requests or 0) // UNIT if account.request_rate is not None else 0,
+        (state.tokens or 0) // UNIT if account.token_rate is not None else 0,
+        account.max_parallel - state.slots if account.max_parallel is not None else 0,
+        (account.budget or 0) - state.spent - state.reserved if known else 0,
+    )
 
 
 def advance(state: State, account: Account, now: int, refunds: int = 0) -> None:
@@ -208,10 +316,10 @@ def _refill(state: State, account: Account, now: int, refunds: int) -> None:
     if now > state.at or now < state.at - CLOCK_SET_BACK:
         state.at = now
     if account.request_rate is not None:
-        full = account.request_capacity * UNIT
+        full = max(0, account.request_capacity - state.requests_ahead) * UNIT
         state.requests = full if state.requests is None else min(full, state.requests + elapsed * account.request_rate)
     if account.token_rate is not None:
-        full = account.token_capacity * UNIT
+        full = max(0, account.token_capacity - state.tokens_ahead) * UNIT
         level = full if state.tokens is None else state.tokens + elapsed * account.token_rate
         state.tokens = min(full, level + refunds)
 

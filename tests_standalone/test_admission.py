@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.admission import Admission, AdmissionMetrics, Demand, Ticket
+from gateway.admission import Admission, AdmissionMetrics
 from gateway.allowances import Allowances
 from gateway.auth import Auth
 from gateway.caller import Caller, KeyLimits
@@ -25,8 +25,10 @@ from gateway.key_watch import KeyWatch
 from gateway.limits import Account, Batch, Verdict
 from gateway.limits_memory import MemoryBook
 from gateway.pulse import Pulse
+from gateway.slices import GOOD_SECONDS
 from gateway.store import keys, limits
 from gateway.store.database import Database
+from gateway.tickets import Demand, Ticket
 from tests_standalone.conftest import rows, settle, stored_key
 
 ANN = Caller("ann")
@@ -470,3 +472,72 @@ async def test_settlements_ride_with_a_turn(stand: Stand) -> None:
     with pytest.raises(RateLimited):
         await stand.admit()
     assert await rows(stand.database, "SELECT COUNT(*) FROM limit_settlements") == [(0,)]
+
+
+# --- what is held ahead
+
+
+@pytest.fixture
+async def busy(migrated: Database) -> AsyncIterator[Stand]:
+    """So many calls that some of the next ones need not ask."""
+    found = Stand(migrated, KeyLimits(requests_per_minute=100_000, max_parallel=1000))
+    for _ in range(10):
+        found.give_back(await found.admit())
+    yield found
+    found.line.let_go()
+    await found.admission.aclose()
+
+
+async def test_a_busy_worker_lets_calls_in_without_asking(busy: Stand) -> None:
+    busy.line.batches.clear()
+    busy.line.hold()
+    ticket = await busy.admit()
+    assert [held.slots for held in ticket.holds] == [1]
+    assert b"x-ratelimit-remaining-requests" in dict(ticket.headers)
+    busy.line.let_go()
+
+
+async def test_a_silent_database_lets_in_nobody_for_long(busy: Stand) -> None:
+    await busy.admit()
+    busy.line.down = True
+    await asyncio.sleep(GOOD_SECONDS)
+    with pytest.raises(DatabaseUnavailable):
+        await busy.admit()
+    busy.line.down = False
+    await busy.admit()
+
+
+async def test_what_is_held_ahead_goes_back_when_nobody_calls_any_more(busy: Stand) -> None:
+    assert await busy.held() != []
+    while await busy.held():
+        await asyncio.sleep(GOOD_SECONDS)
+
+
+async def test_and_when_the_worker_ends(busy: Stand) -> None:
+    ticket = await busy.admit()
+    await busy.admission.aclose()
+    assert await busy.held() == [(1, 0, 0)]
+    assert len(ticket.holds) == 1
+
+
+async def test_after_an_answer_that_was_lost_what_was_held_ahead_counts_no_more(busy: Stand) -> None:
+    busy.line.down = True
+    await asyncio.sleep(GOOD_SECONDS)
+    with pytest.raises(DatabaseUnavailable):
+        await busy.admit()
+    busy.line.down = False
+    before = busy.pulse.names
+    ticket = await busy.admit()
+    assert [held.worker for held in ticket.holds] == busy.pulse.names
+    assert len(before) == 1
+
+
+async def test_a_call_without_limits_is_proof_that_the_database_answers_for_a_moment(migrated: Database) -> None:
+    free = Stand(migrated, KeyLimits())
+    await free.admit()
+    free.line.down = True
+    await free.admit()
+    await asyncio.sleep(GOOD_SECONDS)
+    with pytest.raises(DatabaseUnavailable):
+        await free.admit()
+    await free.admission.aclose()

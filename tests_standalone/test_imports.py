@@ -27,7 +27,7 @@ CORE = (
     *("addresses", "admission", "allowances", "attachments", "auth", "call", "caller", "catalog", "conversations"),
     *("drain", "estimates", "health", "ids", "key_rules", "key_watch", "known_keys", "ledger", "limits"),
     *("limits_memory", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "pulse", "relay"),
-    *("rounds", "tokens", "wrong_keys"),
+    *("rounds", "slices", "tickets", "tokens", "wrong_keys"),
 )
 WEB = ("middleware", "responses")
 WIRE = ("wire", "wire.*")

@@ -17,17 +17,21 @@ from gateway.limits import (
     DEAD_AFTER,
     UNIT,
     Account,
+    Ahead,
     Batch,
     Claim,
     Grant,
     Hold,
     Settlement,
     State,
+    Wish,
     advance,
     decide,
     held,
+    lend,
     period_at,
     period_start,
+    returned,
     settle,
     summed,
     take_back,
@@ -47,6 +51,9 @@ class Model:
         self.seen: dict[str, int] = {}
 
     def admit(self, batch: Batch) -> list[Grant]:
+        return self.answer(batch)[0]
+
+    def answer(self, batch: Batch) -> tuple[list[Grant], list[Ahead]]:
         assert batch.now is not None
         if batch.beat:
             self.seen[batch.worker] = batch.now
@@ -55,7 +62,8 @@ class Model:
         others = {one.subject for one in batch.settlements} - known
         for account in (*batch.accounts, *map(Account, others)):
             self._bring_up(account, batch, batch.now)
-        return [self._decided(claim, batch) for claim in batch.claims]
+        grants = [self._decided(claim, batch) for claim in batch.claims]
+        return grants, [self._lent(wish, batch) for wish in batch.wishes]
 
     def sweep(self, now: int) -> None:
         """Signs of life from a time that a clock was set back from are of now."""
@@ -71,6 +79,9 @@ class Model:
         for worker in [worker for worker in holds if batch.judge and worker != batch.worker]:
             if self.seen.get(worker, 0) < now - DEAD_AFTER:
                 refunds += take_back(state, holds.pop(worker))
+        for wish in batch.wishes:
+            if batch.accounts[wish.at] is account and batch.worker in holds:
+                refunds += returned(state, holds[batch.worker], wish)
         advance(state, account, now, refunds)
 
     def _decided(self, claim: Claim, batch: Batch) -> Grant:
@@ -82,6 +93,11 @@ class Model:
             hold.tokens += takes.tokens_held
             hold.cost += takes.cost_held
         return grant
+
+    def _lent(self, wish: Wish, batch: Batch) -> Ahead:
+        who = batch.accounts[wish.at]
+        hold = self.holds[who.subject].setdefault(batch.worker, Hold())
+        return lend(self.states[who.subject], hold, who, wish)
 
 
 def account(**limits: Any) -> Account:

@@ -1,6 +1,6 @@
 """The book of limits that all workers share: what `gateway.limits` decides, kept in tables.
 
-- A batch is decided in one transaction: on PostgreSQL by one statement, `gateway_admit_1` (migrations), on SQLite
+- A batch is decided in one transaction: on PostgreSQL by one statement, `gateway_admit_2` (migrations), on SQLite
   between BEGIN IMMEDIATE and COMMIT (`limits_sqlite`). Both lock accounts before they read what is held of them.
 - Accounts are locked in the order of their subjects, as Python has it, by all workers.
 - What a call used is written with its turn (`settlement_step`), which locks nothing. It is entered by the next batch
@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gateway.ids import ordered_hex
-from gateway.limits import DEAD_AFTER, UNIT, Account, Batch, Grant, Period, Reason, Settlement, Verdict
+from gateway.limits import DEAD_AFTER, UNIT, Account, Ahead, Batch, Grant, Period, Reason, Settlement, Verdict, Wish
 from gateway.store import keys, limits_sqlite
 from gateway.store.database import Database, Row, Step, Value
 
-_ADMIT = "SELECT gateway_admit_1(CAST(CAST($1 AS TEXT) AS TEXT[]), CAST(CAST($2 AS TEXT) AS BIGINT[]))"
+_ADMIT = "SELECT gateway_admit_2(CAST(CAST($1 AS TEXT) AS TEXT[]), CAST(CAST($2 AS TEXT) AS BIGINT[]))"
 
 COLUMNS = (
     "subject", "id", "worker", "slots", "tokens_held", "tokens_used", "cost_held_nanousd", "cost_nanousd", "period",
@@ -28,6 +28,7 @@ INSERT = f"INSERT INTO limit_settlements ({', '.join(COLUMNS)}) VALUES ($1, $2, 
 
 _REASONS: Sequence[Reason] = ("", "budget", "requests", "tokens", "parallel", "seed")
 _FREE = Grant("", 0, 0, None, None, ())
+_NO_WISH = Wish(0)[1:]
 _KINDS: dict[Period, int] = {"total": 0, "month": 1, "day": 2}
 _MOST_TOKENS = 10**14
 _MOST_COST = 2**63 - 1
@@ -176,14 +177,16 @@ def _asked(batch: Batch) -> list[Account]:
 
 
 def _question(batch: Batch, order: Sequence[int]) -> tuple[str, str]:
-    """The arguments of `gateway_admit_1`, which says what they are, as text."""
+    """The arguments of `gateway_admit_2`, which says what they are, as text."""
     accounts = [batch.accounts[place] for place in order]
     texts = [batch.worker, *(account.subject for account in accounts)]
     numbers: list[int | None] = [int(batch.beat), int(batch.judge), batch.now]
     numbers += len(accounts), len(batch.settlements), len(batch.claims)
-    for account in accounts:
+    wished = {wish.at: wish[1:] for wish in batch.wishes}
+    for place, account in zip(order, accounts, strict=True):
         _, request_rate, requests, token_rate, tokens, parallel, budget, period, seed = account
         numbers += request_rate, requests * UNIT, token_rate, tokens * UNIT, parallel, budget, _KINDS[period], seed
+        numbers += wished.get(place, _NO_WISH)
     places = {place: number for number, place in enumerate(order, 1)}
     if batch.settlements:
         number_of = {account.subject: number for number, account in enumerate(accounts, 1)}
@@ -203,9 +206,9 @@ def _escaped(texts: Sequence[str]) -> str:
 
 def _verdict(batch: Batch, order: Sequence[int], answer: Sequence[int]) -> Verdict:
     revision, ever_made = answer[0], answer[1]
-    period_of = dict(zip(order, answer[2:], strict=False))
+    at = 2 + 7 * len(order)
+    period_of = dict(zip(order, answer[2:at:7], strict=True))
     grants = []
-    at = 2 + len(order)
     for claim in batch.claims:
         reason, place, wait, requests, tokens = answer[at : at + 5]
         at += 5
@@ -219,4 +222,16 @@ def _verdict(batch: Batch, order: Sequence[int], answer: Sequence[int]) -> Verdi
                 [period_of[asked] for asked in claim.accounts],
             )
         )
-    return Verdict(grants, revision, bool(ever_made))
+    return Verdict(grants, revision, bool(ever_made), _ahead(batch, order, answer))
+
+
+def _ahead(batch: Batch, order: Sequence[int], answer: Sequence[int]) -> list[Ahead]:
+    if not batch.wishes:
+        return []
+    found = []
+    number_of = {place: number for number, place in enumerate(order)}
+    for wish in batch.wishes:
+        at = 2 + 7 * number_of[wish.at]
+        period, requests, tokens, slots, cost, request_level, token_level = answer[at : at + 7]
+        found.append(Ahead(requests, tokens, slots, cost, request_level, token_level, period))
+    return found

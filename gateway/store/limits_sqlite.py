@@ -14,15 +14,19 @@ from gateway.limits import (
     DEAD_AFTER,
     UNIT,
     Account,
+    Ahead,
     Batch,
     Grant,
     Hold,
     Settlement,
     State,
     Verdict,
+    Wish,
     advance,
     decide,
     held,
+    lend,
+    returned,
     settle,
     take_back,
 )
@@ -34,16 +38,16 @@ _BEAT = """
 
 _READ = """
     SELECT 'state' AS what, subject, '' AS worker, at AS a, requests AS b, tokens AS c, period AS d, spent_nanousd AS e,
-        full_at AS f, NULL AS g
+        full_at AS f
     FROM limit_states WHERE subject IN (SELECT value FROM json_each($1))
     UNION ALL
-    SELECT 'hold', h.subject, h.worker, h.slots, h.tokens, h.cost_nanousd, w.seen_at, NULL, NULL, NULL
+    SELECT 'hold', h.subject, h.worker, h.slots, h.tokens, h.cost_nanousd, w.seen_at, h.requests_ahead, h.tokens_ahead
     FROM limit_holds h LEFT JOIN workers w ON w.id = h.worker WHERE h.subject IN (SELECT value FROM json_each($1))
     UNION ALL
-    SELECT 'settlement', subject, worker, slots, tokens_held, tokens_used, cost_held_nanousd, cost_nanousd, period, NULL
+    SELECT 'settlement', subject, worker, slots, tokens_held, tokens_used, cost_held_nanousd, cost_nanousd, period
     FROM limit_settlements WHERE subject IN (SELECT value FROM json_each($1))
     UNION ALL
-    SELECT 'keys', '', '', revision, keys_ever_made, NULL, NULL, NULL, NULL, NULL FROM gateway_state WHERE id = 1"""
+    SELECT 'keys', '', '', revision, keys_ever_made, NULL, NULL, NULL, NULL FROM gateway_state WHERE id = 1"""
 
 _SETTLED = "DELETE FROM limit_settlements WHERE subject IN (SELECT value FROM json_each($1))"
 _TAKEN_BACK = "DELETE FROM limit_holds WHERE subject = $1 AND worker = $2"
@@ -60,10 +64,11 @@ _PUT_STATES = f"""
     ON CONFLICT (subject) DO UPDATE SET at = excluded.at, requests = excluded.requests, tokens = excluded.tokens,
         period = excluded.period, spent_nanousd = excluded.spent_nanousd, full_at = excluded.full_at"""
 _PUT_HOLDS = f"""
-    INSERT INTO limit_holds (subject, worker, slots, tokens, cost_nanousd)
-    SELECT {_of_json(5)} FROM json_each($1) WHERE true
+    INSERT INTO limit_holds (subject, worker, slots, tokens, cost_nanousd, requests_ahead, tokens_ahead)
+    SELECT {_of_json(7)} FROM json_each($1) WHERE true
     ON CONFLICT (subject, worker) DO UPDATE SET slots = excluded.slots, tokens = excluded.tokens,
-        cost_nanousd = excluded.cost_nanousd"""
+        cost_nanousd = excluded.cost_nanousd, requests_ahead = excluded.requests_ahead,
+        tokens_ahead = excluded.tokens_ahead"""
 
 
 @dataclass(slots=True)
@@ -93,12 +98,14 @@ async def admit(database: Database, batch: Batch) -> Verdict:
         book, seen = _book(found, batch.accounts, now)
         for one in batch.settlements:
             book[one.subject].settlements.append(one)
-        for account in batch.accounts:
-            _bring_up(book[account.subject], account, batch, seen, now)
+        wishes = {wish.at: wish for wish in batch.wishes}
+        for at, account in enumerate(batch.accounts):
+            _bring_up(book[account.subject], account, batch, seen, now, wishes.get(at))
         grants = [_decided(claim_at, batch, book) for claim_at in range(len(batch.claims))]
+        ahead = [_lent(book, batch, wish) for wish in batch.wishes]
         await _write(transaction, batch.accounts, book, subjects, any(row["what"] == "settlement" for row in found))
     state = next(row for row in found if row["what"] == "keys")
-    return Verdict(grants, state["a"], bool(state["b"]))
+    return Verdict(grants, state["a"], bool(state["b"]), ahead)
 
 
 def _now(batch: Batch) -> int:
@@ -121,9 +128,11 @@ def _book(
             state.at, state.requests, state.tokens, state.period = row["a"], row["b"], row["c"], row["d"]
             state.spent, entry.full_at = row["e"], row["f"]
         elif row["what"] == "hold":
-            hold = entry.holds[row["worker"]] = Hold(row["a"], row["b"], row["c"])
+            hold = entry.holds[row["worker"]] = Hold(row["a"], row["b"], row["c"], row["e"], row["f"])
             entry.state.slots += hold.slots
             entry.state.reserved += hold.cost
+            entry.state.requests_ahead += hold.requests_ahead
+            entry.state.tokens_ahead += hold.tokens_ahead
             seen[row["worker"]] = row["d"]
         else:
             entry.settlements.append(
@@ -134,8 +143,11 @@ def _book(
     return book, seen
 
 
-def _bring_up(entry: _Entry, account: Account, batch: Batch, seen: Mapping[str, int | None], now: int) -> None:
-    """Enters what is over, takes back what the dead hold, then brings the account to the present."""
+def _bring_up(
+    entry: _Entry, account: Account, batch: Batch, seen: Mapping[str, int | None], now: int, wish: Wish | None
+) -> None:
+    """Enters what is over, takes back what the dead hold and the worker does not want any more, then brings the account
+    to the present."""
     refunds = 0
     for one in entry.settlements:
         refunds += settle(entry.state, entry.holds.get(one.worker), one)
@@ -147,6 +159,9 @@ def _bring_up(entry: _Entry, account: Account, batch: Batch, seen: Mapping[str, 
             refunds += take_back(entry.state, entry.holds.pop(worker))
             entry.changed.discard(worker)
             entry.taken_back.append(worker)
+    if wish is not None and batch.worker in entry.holds:
+        refunds += returned(entry.state, entry.holds[batch.worker], wish)
+        entry.changed.add(batch.worker)
     if refunds < 0 and entry.state.tokens is not None and account.request_rate is None and account.token_rate is None:
         entry.full_at = max(entry.full_at, now) + 31 * DAY  # nobody knows here how long a debt takes
     advance(entry.state, account, now, refunds)
@@ -171,6 +186,17 @@ def _decided(claim_at: int, batch: Batch, book: Mapping[str, _Entry]) -> Grant:
     return grant
 
 
+def _lent(book: Mapping[str, _Entry], batch: Batch, wish: Wish) -> Ahead:
+    account = batch.accounts[wish.at]
+    entry = book[account.subject]
+    hold = entry.holds.get(batch.worker, Hold())
+    ahead = lend(entry.state, hold, account, wish)
+    if any(ahead[:4]):
+        entry.holds[batch.worker] = hold
+        entry.changed.add(batch.worker)
+    return ahead
+
+
 async def _write(
     transaction: Transaction,
     accounts: Sequence[Account],
@@ -193,7 +219,9 @@ async def _write(
         )  # fmt: skip
         for worker in entry.changed:
             hold = entry.holds[worker]
-            holds.append((account.subject, worker, hold.slots, hold.tokens, hold.cost))
+            holds.append(
+                (account.subject, worker, hold.slots, hold.tokens, hold.cost, hold.requests_ahead, hold.tokens_ahead)
+            )
     await transaction.execute(_PUT_STATES, dumps(states).decode())
     if holds:
         await transaction.execute(_PUT_HOLDS, dumps(holds).decode())

@@ -21,7 +21,9 @@ from gateway.limits import (
     Batch,
     Claim,
     Grant,
+    Hold,
     Settlement,
+    Wish,
     held,
 )
 from gateway.store import keys, limits, limits_sqlite, usage
@@ -37,6 +39,10 @@ STATES = "SELECT subject, at, requests, tokens, period, spent_nanousd FROM limit
 HOLDS = """
     SELECT subject, worker, slots, tokens, cost_nanousd FROM limit_holds
     WHERE slots > 0 OR tokens > 0 OR cost_nanousd > 0 ORDER BY subject, worker"""
+ALL_HELD = """
+    SELECT subject, worker, slots, tokens, cost_nanousd, requests_ahead, tokens_ahead FROM limit_holds
+    WHERE slots > 0 OR tokens > 0 OR cost_nanousd > 0 OR requests_ahead > 0 OR tokens_ahead > 0
+    ORDER BY subject, worker"""
 WHOLE = Account("gateway", budget=100_000, period="month")
 
 
@@ -69,6 +75,8 @@ class Story:
         account("key:requests", request_rate=7, request_capacity=3),
         account("key:tokens", token_rate=10**9, token_capacity=10**9),
         account("key:slots", max_parallel=2),
+        account("key:plenty", request_rate=10**6, request_capacity=1000, token_rate=600, token_capacity=10**6,
+                max_parallel=200, budget=10**6, period="month", seed=0),
         account('key:"odd\\ 🙂/{},NULL', token_rate=50, token_capacity=100, budget=500),
         account("user:bare"),
     )  # fmt: skip
@@ -86,9 +94,19 @@ class Story:
         accounts = [one._replace(budget=None) if chance.randrange(9) == 0 else one for one in accounts]
         claims = [self._claim(len(accounts)) for _ in range(chance.choice([0, 1, 1, 2, 6]))]
         alone = self._ended(chance.randrange(2))
+        wishing = chance.sample(range(len(accounts)), chance.randrange(len(accounts) + 1))
         return Batch(
             chance.choice(self.names), accounts, claims, alone, beat=chance.randrange(2) == 0,
-            judge=chance.randrange(3) == 0, now=self.now,
+            judge=chance.randrange(3) == 0, now=self.now, wishes=[self._wish(at) for at in wishing],
+        )  # fmt: skip
+
+    def _wish(self, at: int) -> Wish:
+        """More or less of what is held ahead, and whatever of it was used."""
+        chance = self._random
+        return Wish(
+            at, chance.choice([0, 1, 3, -2, -100]), chance.choice([0, 5, 10**7, -7, -(10**8)]),
+            chance.choice([0, 0, 1, -1]), chance.choice([0, 0, 100, -50, -(10**6)]),
+            chance.choice([0, 1, 5]), chance.choice([0, 3, 10**5]),
         )  # fmt: skip
 
     def _claim(self, accounts: int) -> Claim:
@@ -117,13 +135,16 @@ class Story:
 @pytest.mark.parametrize("seed", range(3))
 async def test_grants_and_rows_are_those_of_the_rules(migrated: Database, seed: int) -> None:
     story, model = Story(seed), Model()
-    reasons = set()
+    reasons, lent_any = set(), False
     for _ in range(200):
         batch = story.batch()
-        expected = model.admit(batch)
-        found = (await admit(migrated, batch)).grants
+        expected, lent = model.answer(batch)
+        verdict = await admit(migrated, batch)
+        found = verdict.grants
         assert [_plain(grant) for grant in found] == [_plain(grant) for grant in expected]
+        assert list(verdict.ahead) == lent
         reasons |= {grant.reason for grant in found}
+        lent_any = lent_any or any(any(ahead[:4]) for ahead in lent)
         story.granted(batch, expected)
         written = story.written()
         model.written += written
@@ -132,13 +153,14 @@ async def test_grants_and_rows_are_those_of_the_rules(migrated: Database, seed: 
             (subject, state.at, state.requests, state.tokens, state.period, state.spent)
             for subject, state in model.states.items()
         )
-        assert await rows(migrated, HOLDS) == sorted(
-            (subject, worker, hold.slots, hold.tokens, hold.cost)
+        assert await rows(migrated, ALL_HELD) == sorted(
+            (subject, worker, hold.slots, hold.tokens, hold.cost, hold.requests_ahead, hold.tokens_ahead)
             for subject, holds in model.holds.items()
             for worker, hold in holds.items()
-            if hold.slots or hold.tokens or hold.cost
+            if hold != Hold()
         )
     assert reasons == {"", "budget", "requests", "tokens", "parallel"}
+    assert lent_any
 
 
 def _plain(grant: Grant) -> Grant:

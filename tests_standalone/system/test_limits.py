@@ -89,6 +89,20 @@ async def test_tokens_over_four_workers(gateway: GatewayProcess, upstream: Scrip
     await tokens_are_exact([gateway], upstream)
 
 
+@pytest.mark.parametrize("workers", [4])
+async def test_a_large_bucket_of_which_workers_hold_parts_ahead(
+    gateway: GatewayProcess, upstream: ScriptedUpstream
+) -> None:
+    """Many calls without asking, then near the end each one asks, and not one too many is let in."""
+    burst = 500
+    key = await Key.made(gateway, rpm=1, burst=burst)
+    run = await hammer([gateway], key, chat("answer"), SECONDS)
+    print(f"a large bucket: {len(run.admitted)} let in of {len(run.answers)}; bound {burst}")
+    assert run.refused
+    assert 0.95 * burst <= len(run.admitted) <= burst + run.seconds / 60
+    assert len(run.admitted) == len(upstream.tally)
+
+
 async def test_requests_and_tokens_over_two_gateways(upstream: ScriptedUpstream, start: Start) -> None:
     url = running_postgres().create_database()
     gateways = [await start(keyed(upstream, url, workers=2)) for _ in range(2)]

@@ -1,0 +1,77 @@
+"""What a call asks of its limits, and what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.allowances import headers
+from gateway.limits import Account, Claim, Grant, Settlement, held
+from gateway.store.keys import KeyState
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a call asks for: tokens and nano-dollars at most. `cost` None: nobody knows its price."""
+
+    tokens: int = 0
+    cost: int | None = 0
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A call that was let in. `holds` is what it has not given back; `headers` are for its reply."""
+
+    holds: Sequence[Settlement] = ()
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the book said. `accounts` are those that were asked, as they were asked; `state` None: it was not told."""
+
+    grant: Grant
+    ticket: Ticket
+    accounts: Sequence[Account]
+    state: KeyState | None = None
+
+
+NOTHING = Demand()
+
+
+def claim_of(
+    demand: Demand,
+    accounts: Sequence[Account],
+    known: list[Account] | None = None,
+    places: dict[str, int] | None = None,
+) -> Claim:
+    """A claim on its accounts; on those `known` to a batch, of which `places` tells the subjects."""
+    if known is None or places is None:
+        return Claim(demand.tokens, demand.cost or 0, range(len(accounts)))
+    asked = []
+    for account in accounts:
+        place = places.setdefault(account.subject, len(known))
+        if place == len(known):
+            known.append(account)
+        elif account.seed is not None:
+            known[place] = account
+        asked.append(place)
+    return Claim(demand.tokens, demand.cost or 0, asked)
+
+
+def most(holds: Sequence[Settlement]) -> tuple[int, int]:
+    """The tokens and nano-dollars that a call has reserved; 0 where these are not limited."""
+    return max((one.tokens_held for one in holds), default=0), max((one.cost_held for one in holds), default=0)
+
+
+def ticket_for(worker: str, demand: Demand, accounts: Sequence[Account], grant: Grant) -> Ticket:
+    told = headers(accounts[0], grant) if accounts else ()
+    if grant.reason:
+        return Ticket((), told)
+    asked = Claim(demand.tokens, demand.cost or 0, ())
+    holds = [
+        held(asked, account, grant, place, worker)
+        for place, account in enumerate(accounts)
+        if account.max_parallel is not None or account.token_rate is not None or account.budget is not None
+    ]
+    return Ticket(holds, told)
