@@ -8,7 +8,7 @@ MINUTES ?= 20
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint conformance bench bench-peers soak
+.PHONY: help run test lint conformance bench bench-peers soak history
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ run: $(VENV)/installed ## install, and start the gateway on http://127.0.0.1:800
 	$(BIN)/gateway serve $(ARGS)
 
 test: $(VENV)/installed-test ## install what the tests need, and run all of them
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff and mypy
 	$(BIN)/ruff check
@@ -35,6 +35,9 @@ bench-peers: $(VENV)/installed-test ## the same for other gateways, installed in
 
 soak: $(VENV)/installed-test ## the gateway at half load for 20 minutes (MINUTES=20), and its memory
 	$(BIN)/python -m benchmarks --soak $(MINUTES) $(ARGS)
+
+history: $(VENV)/installed-test ## 10,000 operations of many clients, workers killed in between, and a check of what is kept
+	HISTORY_OPERATIONS=10000 $(BIN)/python -m pytest tests_standalone/system/test_history.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml | $(BIN)/pip
 	$(PIP) --editable .

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from benchmarks import contestants, course, kept, machine, peers, report, soak
+from benchmarks import contestants, course, history, kept, machine, peers, report, soak
 from benchmarks.contestants import Contestant, Gateway
 from benchmarks.course import Mock, Plan
 from benchmarks.installs import NotInstalled
@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if options.page:
         kept.write({}, _names())
+        return 0
+    if options.history:
+        print(history.main(options.messages, write=not options.quick))
         return 0
     with course.upstream() as mock:
         if options.soak is not None:
@@ -39,6 +42,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_words, help=f"of {','.join(_names())}; direct always runs")
     parser.add_argument("--install", action="store_true", help="install the gateway's wheel too, for its size")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="the gateway at half load, and its memory")
+    parser.add_argument("--history", action="store_true", help="look-ups in a database with very many messages")
+    parser.add_argument("--messages", type=int, default=history.MESSAGES, help="so many (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="short, one round; results are printed only")
     parser.add_argument("--page", action="store_true", help="measure nothing: make the page again from the figures")
     parser.add_argument("--duration", type=float, help="seconds of each measurement (5)")

@@ -15,8 +15,8 @@ from tests_standalone.support.node import find_node
 CLIENTS = environments.HERE / "clients"
 RESULT = "result.xml"
 
-# openai-python's cases for what the gateway serves; those for stored completions come with the stored completions.
-# Those for speech would answer themselves (`plugins/unmocked.py`); with aiohttp they are skipped for that.
+# openai-python's cases for what the gateway serves. Those for speech would answer themselves (`plugins/unmocked.py`);
+# with aiohttp they are skipped for that.
 _SDK_FILES = (
     "chat/test_completions.py",
     "test_completions.py",
@@ -28,7 +28,9 @@ _SDK_FILES = (
     "audio/test_transcriptions.py",
     "audio/test_translations.py",
 )
-_SDK_CASES = "not (test_completions and (list or retrieve or update or delete)) and not (test_speech and aiohttp)"
+_STORED = "test_messages or test_completions and (list or retrieve or update or delete)"
+_SDK_CASES = f"not ({_STORED}) and not (test_speech and aiohttp)"
+_STORED_FILES = ("chat/test_completions.py", "chat/completions/test_messages.py")
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,16 @@ class Suite:
     mock: bool = False
 
 
-def _openai_python(stand: Stand) -> str:
-    sources = environments.sources("openai-python", "openai")
-    files = [f"tests/api_resources/{file}" for file in _SDK_FILES]
-    python = environments.python_environment("openai-python")
-    options = ["-p", "unmocked", "-o", "addopts=", "--tb=short", "--show-capture=no", "-k", _SDK_CASES]
-    env = {"TEST_API_BASE_URL": stand.gateway.base_url, "PYTHONPATH": str(environments.HERE / "plugins")}
-    return run(stand, [*_pytest(python, stand), *options, *files], env=env, folder=sources)
+def _openai_python(plugin: str, cases: str, names: Sequence[str]) -> Callable[[Stand], str]:
+    def run_cases(stand: Stand) -> str:
+        sources = environments.sources("openai-python", "openai")
+        files = [f"tests/api_resources/{name}" for name in names]
+        python = environments.python_environment("openai-python")
+        options = ["-p", plugin, "-o", "addopts=", "--tb=short", "--show-capture=no", "-k", cases]
+        env = {"TEST_API_BASE_URL": stand.gateway.base_url, "PYTHONPATH": str(environments.HERE / "plugins")}
+        return run(stand, [*_pytest(python, stand), *options, *files], env=env, folder=sources)
+
+    return run_cases
 
 
 def _in_python(environment: str, script: str) -> Callable[[Stand], str]:
@@ -79,8 +84,13 @@ def _pytest(python: Path, stand: Stand) -> list[str]:
     return [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={stand.folder / RESULT}"]
 
 
+def _openai_sources() -> object:
+    return environments.sources("openai-python", "openai")
+
+
 SUITES: Sequence[Suite] = (
-    Suite("openai-python", lambda: environments.sources("openai-python", "openai"), _openai_python, mock=True),
+    Suite("openai-python", _openai_sources, _openai_python("unmocked", _SDK_CASES, _SDK_FILES), mock=True),
+    Suite("openai-python-stored", _openai_sources, _openai_python("seeded", _STORED, _STORED_FILES)),
     Suite("llm", lambda: environments.python_environment("llm"), _in_python("llm", "test_llm.py")),
     Suite(
         "langchain", lambda: environments.python_environment("langchain"), _in_python("langchain", "test_langchain.py")

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.routing import BaseRoute, Route, Router
 
 from gateway import __version__
-from gateway.api import admin, admin_keys, openai, operations, ops
+from gateway.api import admin, admin_keys, admin_users, conversations, openai, operations, ops, sessions, stored
 from gateway.api.common import Readiness, Services
 from gateway.auth import Auth
 from gateway.backends.client import HTTPTransport
@@ -32,6 +32,7 @@ from gateway.key_watch import KeyWatch
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics, public_names
 from gateway.middleware import CORS, ErrorBoundary, Observed, OnePath, not_found
+from gateway.purge import Purge
 from gateway.responses import Message, Receive, Scope, Send
 from gateway.store.connect import database_at
 from gateway.store.database import Database
@@ -40,7 +41,7 @@ from gateway.tokens import TokenCounter
 
 log = logging.getLogger("gateway")
 
-DIALECTS = (openai, operations, admin, admin_keys, ops)
+DIALECTS = (openai, stored, conversations, sessions, operations, admin, admin_keys, admin_users, ops)
 _RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 
 
@@ -106,13 +107,16 @@ class Gateway:
         watch, readiness = KeyWatch(database), Readiness()
         auth = _auth(settings, database, watch)
         admission = build_admission(settings, database, auth, watch, metrics)
-        ledger = Ledger(database, metrics, admission.release)
+        idle_ms = settings.conversations.session_idle_minutes * 60_000
+        ledger = Ledger(database, metrics, admission.release, idle_ms)
+        conversations = _conversations(settings, database, counter)
+        purge = _purge(settings, database)
         services = Services(
             settings=settings,
             database=database,
             auth=auth,
             catalog=catalog,
-            conversations=_conversations(settings, database),
+            conversations=conversations,
             relay=Relay(
                 catalog,
                 admission,
@@ -128,6 +132,7 @@ class Gateway:
         )
         opening = asyncio.create_task(_bring_up(database, readiness, auto_migrate=settings.database.auto_migrate))
         opening.add_done_callback(lambda opened: None if opened.cancelled() else admission.start())
+        opening.add_done_callback(lambda opened: None if opened.cancelled() else purge.start())
         try:
             await asyncio.wait({opening}, timeout=3)
             ledger.start()
@@ -138,7 +143,9 @@ class Gateway:
             metrics.close()
             opening.cancel()
             await asyncio.gather(opening, return_exceptions=True)
+            await purge.aclose()
             await ledger.aclose()
+            await conversations.aclose()
             await admission.aclose()
             await watch.aclose()
             await catalog.aclose()
@@ -201,15 +208,32 @@ def _auth(settings: Settings, database: Database, watch: KeyWatch) -> Auth:
     )
 
 
-def _conversations(settings: Settings, database: Database) -> Conversations:
-    prompt = None
-    path = settings.conversations.system_prompt_file
+def _conversations(settings: Settings, database: Database, counter: TokenCounter) -> Conversations:
+    prompt, told = None, settings.conversations
+    path = told.system_prompt_file
     if path is not None:
         try:
             prompt = Path(path).read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as failure:
             raise ConfigError([f"conversations.system_prompt_file: cannot be read: {failure}"]) from None
-    return Conversations(database, threading=settings.conversations.threading, system_prompt=prompt)
+    return Conversations(
+        database,
+        threading=told.threading,
+        system_prompt=prompt,
+        store_content=told.store_content,
+        wait=told.busy == "wait",
+        counter=counter,
+    )
+
+
+def _purge(settings: Settings, database: Database) -> Purge:
+    told = settings.conversations
+    return Purge(
+        database,
+        retention_days=told.retention_days,
+        deleted_days=told.deleted_days,
+        session_idle_minutes=told.session_idle_minutes,
+    )
 
 
 def _endpoints() -> list[dict[str, str]]:

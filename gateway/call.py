@@ -27,12 +27,14 @@ from gateway import estimates
 from gateway.admission import Admission
 from gateway.auth import Caller
 from gateway.catalog import Catalog, Model, Route
-from gateway.conversations import Talk
 from gateway.drain import Drain
 from gateway.errors import UNSENT, BadRequest, GatewayError, NeverSent, Unavailable, UpstreamError, UpstreamUnreachable
 from gateway.ledger import Ledger, Turn
 from gateway.metering import Meter, Outcome, nothing
+from gateway.store.stored import StoredCompletion
 from gateway.store.usage import UsageRow
+from gateway.stored import Keep
+from gateway.talks import Talk
 from gateway.tickets import Demand, Ticket
 from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Message, Usage
@@ -53,7 +55,7 @@ class Job(Generic[R]):
     """What a dialect asks for. `request` is what the upstream shall see; `talk` None: no conversation is kept.
 
     `assumed_model`: the name that OpenAI's API gives to a request without one; it is not sent where the upstream knows
-    the model by that name.
+    the model by that name. `keep`: what is to be stored of it, if it comes to its end.
     """
 
     request_id: str
@@ -64,6 +66,7 @@ class Job(Generic[R]):
     talk: Talk | None
     wants_usage: bool = False
     assumed_model: str | None = None
+    keep: Keep | None = None
     at: int = field(default_factory=lambda: int(time.time() * 1000))
     started: float = field(default_factory=time.perf_counter)
 
@@ -108,6 +111,7 @@ class Call(Generic[R]):
         self._broken_off = False
         self._interrupted = False
         self._out_of_time = False
+        self._stored: StoredCompletion | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def status_sent(self) -> None:
@@ -311,7 +315,9 @@ class Call(Generic[R]):
         for earlier in self._meter.rows:
             earlier.conversation_id = row.conversation_id
         settlements = self._relay.admission.settle(self.ticket, *self._meter.charged())
-        await self._relay.ledger.record(Turn(self._meter.rows, conversation, settlements))
+        await self._relay.ledger.record(Turn(self._meter.rows, conversation, settlements, self._stored))
+        if self.job.talk is not None and conversation is not None:
+            self.job.talk.was_recorded(conversation)
 
     def _row(self, outcome: Outcome, *, charged: bool = True) -> UsageRow:
         assert self.route is not None

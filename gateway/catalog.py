@@ -38,7 +38,7 @@ CREATED = 1_767_225_600
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One way to serve a model. `price` None: nobody knows it."""
+    """One way to serve a model. `price` None: nobody knows it. `context_window`: likewise, in tokens."""
 
     backend: Backend
     upstream_model: str
@@ -47,23 +47,34 @@ class Route:
     on_disconnect: OnDisconnect = "cancel"
     refuse: frozenset[str] = frozenset()
     health: RouteHealth = field(default_factory=RouteHealth, compare=False)
+    context_window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """A public name: its routes, and the names that are tried when all of them fail. `max_output_tokens`: of an answer
-    that nobody limits, at most."""
+    that nobody limits, at most. `window`: what the settings say of its context window."""
 
     name: str
     routes: Sequence[Route]
     fallbacks: Sequence[str] = ()
     max_output_tokens: int | None = None
+    window: int | None = None
+
+    @property
+    def context_window(self) -> int | None:
+        """Tokens that a call and its answer may have together on whichever route takes it; None: nobody knows."""
+        if self.window is not None:
+            return self.window
+        return min((route.context_window for route in self.routes if route.context_window is not None), default=None)
 
 
 @dataclass(slots=True)
 class Provider:
     """A backend with what its settings say for all its models. `prices` by its own model names; what they do not say is
     looked up in `table`, where `vendor` names whose prices these are.
+
+    `context_window`: of all its models, where its settings fix it.
 
     `listed` are the models it has; if `static`, the settings say so and it is never asked. `configured` are those that
     routes of the settings lead to: their health is never forgotten.
@@ -77,12 +88,13 @@ class Provider:
     free: bool = False
     vendor: str | None = None
     table: PriceTable | None = None
+    context_window: int | None = None
     listed: Mapping[str, ModelInfo] = field(default_factory=dict)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     failing: bool = False
     health: OrderedDict[str, RouteHealth] = field(default_factory=OrderedDict)
     configured: set[str] = field(default_factory=set)
-    looked_up: dict[str, Priced | None] = field(default_factory=dict)
+    looked_up: dict[str, tuple[Priced | None, int | None]] = field(default_factory=dict)
 
     @property
     def status(self) -> Literal["ok", "cooling", "failing", "unknown"]:
@@ -97,17 +109,21 @@ class Provider:
     def route(
         self, model: str, price: Priced | None = None, weight: int = 1, on_disconnect: OnDisconnect | None = None
     ) -> Route:
-        known = price or self.prices.get(model) or (Price(0, 0) if self.free else self._looked_up(model))
+        found, window = self._looked_up(model)
+        known = price or self.prices.get(model) or (Price(0, 0) if self.free else found)
         policy = on_disconnect or self.on_disconnect or ("cancel" if known is None else "drain")
-        return Route(self.backend, model, known, weight, policy, self.refuse, self._health_of(model))
+        window = self.context_window or window
+        return Route(self.backend, model, known, weight, policy, self.refuse, self._health_of(model), window)
 
-    def _looked_up(self, model: str) -> Priced | None:
+    def _looked_up(self, model: str) -> tuple[Priced | None, int | None]:
+        """What the table says: the price, and the context window."""
         if self.table is None or self.vendor is None:
-            return None
+            return None, None
         if model not in self.looked_up:
             if len(self.looked_up) >= MOST_PRICES:
                 self.looked_up.clear()
-            self.looked_up[model] = self.table.find(self.vendor, model)
+            table, vendor = self.table, self.vendor
+            self.looked_up[model] = table.find(vendor, model), table.context_window(vendor, model)
         return self.looked_up[model]
 
     def _health_of(self, model: str) -> RouteHealth:

@@ -170,6 +170,7 @@ def _provider(
         free=settings.type == "scripted",
         vendor=settings.vendor_name,
         table=table,
+        context_window=settings.num_ctx,
     )
     provider.listed = {model: ModelInfo(model) for model in fixed_models(settings)}
     return provider
@@ -188,7 +189,7 @@ def _model(name: str, settings: ModelSettings, providers: Mapping[str, Provider]
     own = providers.get(settings.backend or "")
     if own is not None:
         routes.append(own.route(settings.model or name, _price(settings.price), on_disconnect=settings.on_disconnect))
-    return Model(name, routes, settings.fallbacks, settings.max_output_tokens)
+    return Model(name, routes, settings.fallbacks, settings.max_output_tokens, settings.context_window)
 
 
 def _price(settings: PriceSettings | None) -> Priced | None:

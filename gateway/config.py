@@ -152,6 +152,7 @@ class ModelSettings(Section):
     fallbacks: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     max_output_tokens: int | None = Field(None, ge=1, le=10**9)
+    context_window: int | None = Field(None, ge=1, le=10**9)
     on_disconnect: Literal["drain", "cancel"] | None = None
 
 
@@ -230,8 +231,25 @@ class BudgetSettings(Section):
 
 
 class ConversationSettings(Section):
+    """`header`: one more that groups turns. `retention_days` None: kept until somebody deletes them."""
+
     threading: Literal["auto", "explicit", "off"] = "auto"
+    busy: Literal["reject", "wait"] = "reject"
+    header: str | None = None
+    store_content: bool = True
+    retention_days: int | None = Field(None, ge=1, le=36_500)
+    deleted_days: int = Field(30, ge=0, le=36_500)
+    session_idle_minutes: int = Field(30, ge=1, le=525_600)
     system_prompt_file: str | None = None
+
+    @field_validator("header")
+    @classmethod
+    def _header(cls, name: str | None) -> str | None:
+        if name is not None and re.fullmatch(r"[A-Za-z0-9-]{1,100}", name) is None:
+            raise ValueError("must be the name of a header, like X-Chat-Id")
+        if name is not None and name.lower() in ("authorization", "x-api-key", "api-key", "cookie"):
+            raise ValueError("must not name a header that carries a secret")
+        return name
 
 
 class FileSettings(Section):

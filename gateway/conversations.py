@@ -1,231 +1,279 @@
 """Turns of a conversation: load what was said, put it before what is asked, keep what is answered.
 
-With `conversation_id` in the body the stored history is prepended (contract, section 5, rule 1): an id of the gateway's
-own form that the caller does not own is 404, any other unknown one is made under that name. Without one, every call is
-a new conversation. `threading: explicit` records only the first kind, `off` neither.
+To which conversation a call belongs (contract, section 5):
 
-Each stored message carries a `chain`: a hash over the user, assistant and tool messages so far, normalised (no
-reasoning, white space trimmed, parts as text), by which a resent history can be recognised.
+1. `conversation_id` in the body: the stored history is prepended. A client that sends the history itself is recognised,
+   and only what is new is stored; where it goes on from an earlier message than the last, a branch does. An id of the
+   gateway's own form that the caller does not own is 404, any other unknown one is made under that name. One turn runs
+   at a time.
+2. A header: the client has the history itself, and only says which conversation it is.
+3. Nothing: the last answer in the client's messages is looked up by its chain (`threads`) among the stored ones of the
+   same user, key and end user. It goes on there, or in a branch if somebody else does so already. Without an answer, or
+   if none is found, it is a new conversation.
+
+`threading: explicit` records only the first two, `off` none. What a frontend asks for itself (titles, tags) is no turn.
+
+A turn of the first and third kind goes on from the message that it has seen, or in a branch: `ConversationTurn.after`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Literal
 
+from gateway import threads, window
 from gateway.auth import Caller
+from gateway.catalog import Model
 from gateway.errors import BadRequest, NotFound
-from gateway.ids import ordered_hex, random_hex
 from gateway.store import conversations as rows
-from gateway.store.conversations import ConversationTurn, StoredMessage
+from gateway.store.conversations import StoredConversation, StoredMessage
 from gateway.store.database import Database
 from gateway.store.text import clean
-from gateway.wire.chat import ChatRequest, Message, text_of
+from gateway.talks import OWN_ID, Talk, new_id, new_pk
+from gateway.threads import NOT_CHAINED, as_json
+from gateway.tokens import TokenCounter
+from gateway.turn_leases import TurnLeases
+from gateway.wire.chat import ChatRequest, Message
 from gateway.wire.jsontext import dumps
 
+__all__ = ["Conversations", "Threading", "given_id", "new_id"]
+
 Threading = Literal["auto", "explicit", "off"]
-TITLE_LENGTH = 80
-_OWN_ID = re.compile(r"conv_[0-9a-f]{32}")
-_UNCHAINED = ("system", "developer")
-_PLAIN_ROLES = ("user", "assistant")
+LAST_CHAINS = 200
+"""How far back a conversation that a header names is searched for what the client resends."""
 _GIVEN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
-@dataclass(slots=True)
-class Talk:
-    """A conversation while one turn runs on it. `history` are stored messages as JSON texts."""
-
-    id: str
-    pk: str
-    caller: Caller
-    end_user: str | None
-    is_new: bool
-    asked: Sequence[Message]
-    session_id: str | None = None
-    history: Sequence[bytes] = ()
-    chain: str = ""
-    preface: Message | None = field(default=None)
-
-    def turn(
-        self,
-        answer: Message | None,
-        at: int,
-        *,
-        model: str,
-        finish_reason: str | None,
-        input_tokens: int,
-        output_tokens: int,
-        cost_nanousd: int,
-    ) -> ConversationTurn:
-        """What this turn adds: the new messages of the client and, if there is one, the answer."""
-        stored: list[StoredMessage] = []
-        chain = self.chain
-        asked = [self.preface, *self.asked] if self.preface is not None else self.asked
-        for message in asked:
-            content = dumps(message.get("content"))
-            chain = _linked(chain, message, content)
-            stored.append(_stored(message, content, chain))
-        if answer is not None:
-            if not isinstance(answer.get("role"), str):  # an upstream's slip must not cost the turn
-                answer = {**answer, "role": "assistant"}
-            content = dumps(answer.get("content"))
-            chain = _linked(chain, answer, content)
-            stored.append(_stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), finish_reason))
-        return ConversationTurn(
-            pk=self.pk,
-            id=self.id,
-            user_id=self.caller.user_id,
-            key_id=self.caller.key_id,
-            end_user=self.end_user,
-            session_id=self.session_id,
-            is_new=self.is_new,
-            title=_title(self.asked) if self.is_new else None,
-            at=at,
-            messages=stored,
-            is_named=_OWN_ID.fullmatch(self.id) is None,
-            tokens_input=input_tokens,
-            tokens_output=output_tokens,
-            cost_nanousd=cost_nanousd,
-        )
-
-
 class Conversations:
-    """Opens conversations for turns. `system_prompt` goes first where a request has no system message."""
+    """Opens conversations for turns. One for each worker.
 
-    def __init__(self, database: Database, *, threading: Threading = "auto", system_prompt: str | None = None) -> None:
+    `system_prompt` goes first where a request has no system message. `wait`: for a conversation that is busy, instead
+    of refusing. `counter` None: histories are sent whole, whatever the window of the model.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        threading: Threading = "auto",
+        system_prompt: str | None = None,
+        store_content: bool = True,
+        wait: bool = False,
+        counter: TokenCounter | None = None,
+    ) -> None:
         self._database = database
         self._threading = threading
         self._system = {"role": "system", "content": system_prompt} if system_prompt else None
+        self._store_content = store_content
+        self._leases = TurnLeases(database, wait=wait)
+        self._counter = counter
+        self._taken: set[tuple[str, int]] = set()
+        """Last messages from which a call of this worker goes on."""
 
-    async def open(self, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk | None:
-        """None: this call is no turn. Raises BadRequest, NotFound, DatabaseUnavailable."""
+    async def open(
+        self, caller: Caller, request: ChatRequest, end_user: str | None, group: str | None = None
+    ) -> Talk | None:
+        """None: this call is no turn. `group`: the id that a header gives. Raises BadRequest, NotFound,
+        ConversationBusy, DatabaseUnavailable."""
         wanted, end_user = request.data.get("conversation_id"), clean(end_user)
-        if self._threading == "off" or (wanted is None and self._threading == "explicit"):
+        if self._threading == "off":
             return None
-        talk = (
-            await self._find(caller, wanted, request, end_user)
-            if wanted is not None
-            else Talk(new_id(), f"c_{ordered_hex()}", caller, end_user, True, request.messages)
-        )
+        if wanted is not None:
+            talk = await self._named(caller, wanted, request, end_user)
+        elif threads.is_background(request):
+            return None
+        elif group is not None:
+            talk = await self._grouped(caller, group, request, end_user)
+        elif self._threading == "explicit":
+            return None
+        else:
+            talk = await self._threaded(caller, request, end_user)
+        talk.keeps_content = self._store_content
         if self._system is not None and not talk.history and not _has_system(request.messages):
-            talk.preface = self._system
+            if talk.begins:
+                talk.preface = self._system
+            else:
+                talk.reminder = self._system
         return talk
+
+    async def fit(self, talk: Talk | None, request: ChatRequest, model: Model) -> None:
+        """Leaves out what of the history the model's window cannot hold."""
+        size = model.context_window
+        if talk is None or not talk.history or size is None or self._counter is None:
+            return
+        talk.history, talk.omitted_turns = await window.fit(
+            talk.history,
+            request.messages,
+            window=size,
+            reserve=window.reserved(request.data, size),
+            model=model.routes[0].upstream_model if model.routes else model.name,
+            counter=self._counter,
+        )
 
     def prepare(self, request: ChatRequest, talk: Talk | None) -> ChatRequest:
         """The request as the upstream shall see it: history first, our own field taken out."""
-        if talk is None:
-            before = [dumps(self._system)] if self._system and not _has_system(request.messages) else []
-        else:
-            before = [*talk.history, *([dumps(talk.preface)] if talk.preface is not None else [])]
+        lead = self._system if talk is None else talk.preface or talk.reminder
+        if talk is None and _has_system(request.messages):
+            lead = None
         if "conversation_id" in request.data:
             request = request.with_fields(conversation_id=None)
-        return request.with_history(before)
+        history = talk.history if talk is not None else ()
+        if history and request.messages[0].get("role") in NOT_CHAINED:
+            return _behind_its_system(request, history)
+        before = [as_json(message) for message in history]
+        return request.with_history([*before, dumps(lead)] if lead is not None else before)
 
-    async def _find(self, caller: Caller, wanted: str, request: ChatRequest, end_user: str | None) -> Talk:
-        if _GIVEN_ID.fullmatch(wanted) is None:
-            raise BadRequest(
-                "'conversation_id' must be 1 to 128 letters, digits, '-' or '_'.",
-                param="conversation_id",
-                code="invalid_value",
-            )
-        found = await rows.find(self._database, caller.user_id, wanted)
+    async def aclose(self) -> None:
+        await self._leases.aclose()
+
+    # --- rule 1
+
+    async def _named(self, caller: Caller, wanted: str, request: ChatRequest, end_user: str | None) -> Talk:
+        _check_id(wanted, "'conversation_id'")
+        held = await self._leases.take(caller.user_id, wanted)
+        try:
+            found = await rows.find(self._database, caller.user_id, wanted)
+            start = threads.seed(caller.user_id, caller.key_id, end_user)
+            if found is None:
+                _check_foreign(wanted)
+                talk = Talk(wanted, new_pk(), caller, end_user, True, request.messages, chain=start, after=0)
+            else:
+                talk = _continued(wanted, found, caller, end_user, request.messages, start)
+        except BaseException:
+            held.let_go(recorded=False)
+            raise
+        talk.lease, talk.hold = held.lease, held
+        return talk
+
+    # --- rule 2
+
+    async def _grouped(self, caller: Caller, wanted: str, request: ChatRequest, end_user: str | None) -> Talk:
+        start = threads.seed(caller.user_id, caller.key_id, end_user)
+        found = await rows.find_chains(self._database, caller.user_id, wanted, LAST_CHAINS)
         if found is None:
-            if _OWN_ID.fullmatch(wanted):
-                raise NotFound(f"The conversation '{wanted}' does not exist.", param="conversation_id")
-            return Talk(wanted, f"c_{ordered_hex()}", caller, end_user, True, request.messages)
-        chains = [message.chain for message in found.messages if message.chain]
-        return Talk(
-            wanted,
-            found.pk,
-            caller,
-            end_user,
-            False,
-            request.messages,
-            found.session_id,
-            [as_json(message) for message in found.messages],
-            chains[-1] if chains else "",
+            _check_foreign(wanted)
+            return Talk(wanted, new_pk(), caller, end_user, True, request.messages, chain=start)
+        if not found.message_count:
+            known = threads.Known(0, start)
+        else:
+            known = threads.grouped(start, found.chains, found.last_asked, request.messages)
+        asked = request.messages[known.place :]
+        talk = Talk(wanted, found.pk, caller, end_user, False, asked, found.session_id, chain=known.chain)
+        talk.title, talk.is_empty = found.title, not found.message_count
+        return talk
+
+    # --- rule 3
+
+    async def _threaded(self, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk:
+        messages = request.messages
+        start = threads.seed(caller.user_id, caller.key_id, end_user)
+        last = threads.last_answer(messages) if self._store_content else None
+        place = None
+        if last is not None:
+            before = threads.chain_of(start, messages[:last])
+            whole = threads.link(before, messages[last])
+            found = await rows.places(self._database, caller.user_id, whole, threads.partial(before))
+            place = threads.best(found, messages[last], self._taken)
+        if last is None or place is None:
+            return Talk(new_id(), new_pk(), caller, end_user, True, messages, chain=start)
+        talk = Talk(place.id, place.pk, caller, end_user, False, messages[last + 1 :], place.session_id, chain=whole)
+        talk.after, talk.title = place.seq, place.title
+        if threads.is_free(place, self._taken):
+            talk.hold = _Taken(self._taken, (place.pk, place.seq))
+        else:
+            talk.branch_off()
+        return talk
+
+
+class _Taken:
+    """The end of a conversation, while a call of this worker goes on from it."""
+
+    def __init__(self, taken: set[tuple[str, int]], end: tuple[str, int]) -> None:
+        self._taken, self._end = taken, end
+        taken.add(end)
+
+    def let_go(self, recorded: bool) -> None:
+        self._taken.discard(self._end)  # its successor is in the database by now, or there is none
+
+
+def given_id(text: str) -> str | None:
+    """The id of a conversation as a frontend's header has it, perhaps with a model behind it; None if it is none."""
+    found = text.partition("::")[0].strip()
+    return found if _GIVEN_ID.fullmatch(found) else None
+
+
+def _continued(
+    wanted: str,
+    found: StoredConversation,
+    caller: Caller,
+    end_user: str | None,
+    messages: Sequence[Message],
+    start: str,
+) -> Talk:
+    """A turn of a conversation that is there."""
+    talk = Talk(wanted, found.pk, caller, end_user, False, messages, found.session_id)
+    talk.after, talk.title = found.message_count, found.title
+    talk.is_empty = not found.message_count
+    stored = [message for message in found.messages if not _is_hidden(message)]
+    systems = [message for message in stored if message.role in NOT_CHAINED]
+    known = None
+    if stored and threads.last_answer(messages) is not None:
+        known = threads.recognised(start, stored, messages)
+    if known is None:
+        talk.history, talk.chain = stored, _last_chain(found, start)
+        talk.asked = _without_known_system(messages, systems)
+        return talk
+    talk.asked, talk.chain = messages[known.place :], known.chain
+    talk.history = [] if _has_system(messages) else systems[:1]
+    if known.seq < found.message_count:
+        talk.after = known.seq
+        talk.branch_off()
+    return talk
+
+
+def _is_hidden(message: StoredMessage) -> bool:
+    """Was it stored without its content?"""
+    return message.content == "null" and message.extra is None and message.chain is None
+
+
+def _last_chain(found: StoredConversation, start: str) -> str:
+    for message in reversed(found.messages):
+        if message.role not in NOT_CHAINED:
+            return message.chain or threads.hidden(found.pk)
+    return start
+
+
+def _without_known_system(messages: Sequence[Message], systems: Sequence[StoredMessage]) -> Sequence[Message]:
+    """What a client sends with every call is not stored with every one."""
+    known = {message.content for message in systems}
+    for place, message in enumerate(messages):
+        if message.get("role") not in NOT_CHAINED or dumps(message.get("content")).decode() not in known:
+            return messages[place:]
+    return []
+
+
+def _behind_its_system(request: ChatRequest, history: Sequence[StoredMessage]) -> ChatRequest:
+    """The client's own system message comes first, and in place of the stored one: many models take none later."""
+    own = request.messages
+    count = next((place for place, item in enumerate(own) if item.get("role") not in NOT_CHAINED), len(own))
+    stored = [as_json(message) for message in history if message.role not in NOT_CHAINED]
+    texts = [*map(dumps, own[:count]), *stored, *map(dumps, own[count:])]
+    return request.with_fields(messages=b"[" + b",".join(texts) + b"]")
+
+
+def _check_id(wanted: str, what: str) -> None:
+    if _GIVEN_ID.fullmatch(wanted) is None:
+        raise BadRequest(
+            f"{what} must be 1 to 128 letters, digits, '-' or '_'.", param="conversation_id", code="invalid_value"
         )
 
 
-def new_id() -> str:
-    return f"conv_{random_hex()}"
-
-
-def link(previous: str, message: Message) -> str:
-    """The chain after this message. A system message does not count."""
-    return _linked(previous, message, dumps(message.get("content")))
-
-
-def _linked(previous: str, message: Message, content: bytes) -> str:
-    """`content`: that of the message, as JSON."""
-    role = message.get("role")
-    if role in _UNCHAINED:
-        return previous
-    said = _plainly_said(role, message, content) or dumps(_said(role, message))
-    return blake2b(previous.encode() + said, digest_size=16).hexdigest()
-
-
-def _said(role: object, message: Message) -> list[object]:
-    content, made = message.get("content"), message.get("tool_calls")
-    parts = content if isinstance(content, list) else []
-    others = [part for part in parts if not (isinstance(part, dict) and "text" in part)]
-    calls = [call.get("function") or call for call in made if isinstance(call, dict)] if isinstance(made, list) else []
-    return [role, text_of(content).strip(), others, calls, message.get("tool_call_id")]
-
-
-def _plainly_said(role: object, message: Message, content: bytes) -> bytes | None:
-    """The same as JSON, for a message that has a text and nothing else that counts; None for another one."""
-    text = message.get("content")
-    if role not in _PLAIN_ROLES or type(text) is not str or message.get("tool_calls") or "tool_call_id" in message:
-        return None
-    if (bare := text.strip()) != text:
-        content = dumps(bare)
-    return (b'["user",' if role == "user" else b'["assistant",') + content + b",[],[],null]"
-
-
-def as_json(message: StoredMessage) -> bytes:
-    """A stored message as the upstream shall read it."""
-    rest = "," + message.extra[1:-1] if message.extra else ""
-    text = f'{{"role":{dumps(message.role).decode()},"content":{message.content}{rest}}}'
-    return text.encode()
-
-
-def _stored(
-    message: Message,
-    content: bytes,
-    chain: str,
-    tokens: int = 0,
-    cost_nanousd: int | None = None,
-    model: str | None = None,
-    finish_reason: str | None = None,
-) -> StoredMessage:
-    role: str = message["role"]
-    extra = {key: value for key, value in message.items() if key != "role" and key != "content"}
-    return StoredMessage(
-        f"msg_{ordered_hex()}",
-        role if role in _PLAIN_ROLES else clean(role),
-        content.decode(),
-        dumps(extra).decode() if extra else None,
-        chain or None,
-        tokens,
-        cost_nanousd,
-        model,
-        clean(finish_reason),
-    )
-
-
-def _title(messages: Sequence[Message]) -> str | None:
-    """The start of the first thing the user said."""
-    said = next((text_of(item.get("content")) for item in messages if item.get("role") == "user"), "")
-    begin = said[: TITLE_LENGTH + 1]
-    if begin.isprintable() and "  " not in begin and begin.strip() == begin:  # then this is what comes out below
-        return begin[:TITLE_LENGTH] or None
-    words = said[: 8 * TITLE_LENGTH].split(None, TITLE_LENGTH // 2 + 1)  # more do not fit
-    return clean(" ".join(words), TITLE_LENGTH) or None
+def _check_foreign(wanted: str) -> None:
+    """An id of our own form that the caller does not have is nobody's to take."""
+    if OWN_ID.fullmatch(wanted):
+        raise NotFound(f"The conversation '{wanted}' does not exist.", param="conversation_id")
 
 
 def _has_system(messages: Sequence[Message]) -> bool:
-    return any(message.get("role") in ("system", "developer") for message in messages)
+    return any(message.get("role") in NOT_CHAINED for message in messages)

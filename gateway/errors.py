@@ -10,6 +10,8 @@
       NotFound                404
         ModelNotFound         404
       MethodNotAllowed        405
+      Conflict                409  it cannot be as things stand now
+      ConversationBusy        409  another turn runs on it: it goes through once that has ended
       RateLimited             429  too much at once: it goes through after a while
       QuotaExceeded           429  the money is spent: waiting a moment does not help
       Unavailable             503  ours: draining, or something we need is down
@@ -38,6 +40,8 @@ __all__ = [
     "BadRequest",
     "BodyTooLarge",
     "ConfigError",
+    "Conflict",
+    "ConversationBusy",
     "DatabaseUnavailable",
     "GatewayError",
     "MethodNotAllowed",
@@ -129,6 +133,28 @@ class MethodNotAllowed(GatewayError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class Conflict(GatewayError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class ConversationBusy(GatewayError):
+    """Another turn runs on the conversation; `retry_after` (seconds) says when to try again. SDKs do so unasked."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conversation_busy"
+
+    def __init__(self, *, retry_after: float) -> None:
+        headers = {"retry-after": str(max(1, math.ceil(retry_after))), "retry-after-ms": str(int(retry_after * 1000))}
+        super().__init__(
+            "Another turn of this conversation is under way. Try again when it has ended.",
+            param="conversation_id",
+            headers=headers,
+        )
 
 
 class RateLimited(GatewayError):

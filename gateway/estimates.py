@@ -79,10 +79,11 @@ def _of_any(value: object) -> int:
 def _of_parts(parts: object) -> int:
     if not isinstance(parts, list):
         return 0
-    return sum(_of_part(part) for part in parts if isinstance(part, dict))
+    return sum(of_part(part) for part in parts if isinstance(part, dict))
 
 
-def _of_part(part: Mapping[str, Any]) -> int:
+def of_part(part: Mapping[str, Any]) -> int:
+    """One part of a message's content."""
     kind = part.get("type")
     if kind == "image_url":
         return PICTURE

@@ -10,6 +10,7 @@ limits, all or nothing.
 - While commits fail, `check` raises: nothing new is started that could not be recorded.
 - A batch that failed is halved, and a large one has more time: a slow line cannot wedge it for good.
 - On a data error the batch is tried again turn by turn, and only the culprit fails: its figures go to the log.
+- A turn that goes on from a message that is not the last any more (`ConversationTurn.after`) is written as a branch.
 - A commit whose answer was lost is tried again: its usage rows are there already, which says that all of it is.
 """
 
@@ -26,11 +27,13 @@ from typing import Protocol
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ids import ordered_hex
 from gateway.limits import Settlement, summed
-from gateway.store import conversations, limits, sessions, usage
+from gateway.store import conversations, limits, sessions, stored, turn_leases, usage
 from gateway.store.conversations import ConversationTurn
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
 from gateway.store.sessions import SessionTotals
+from gateway.store.stored import StoredCompletion
 from gateway.store.usage import UsageRow
+from gateway.talks import branched
 
 log = logging.getLogger("gateway.ledger")
 
@@ -44,6 +47,7 @@ BYTES_PER_SECOND = 1 << 20
 """What a commit gets on top of its seconds: the slowest line that is worth waiting for."""
 RETRY_PAUSE = 0.25
 SESSION_IDLE_MS = 30 * 60 * 1000
+SESSION_NEWS_SECONDS = 1.0
 _MOST_SESSIONS = 10_000
 
 
@@ -55,6 +59,8 @@ class Turn:
     conversation: ConversationTurn | None = None
     settlements: Sequence[Settlement] = ()
     """What becomes of what it held of its limits."""
+    stored: StoredCompletion | None = None
+    """Its answer, if it was asked for with `store: true`."""
     settled: bool = field(default=False, compare=False)
     """It is durable, or never will be."""
     waiter: asyncio.Future[None] | None = field(default=None, compare=False)
@@ -85,10 +91,13 @@ class Ledger:
         database: Database,
         metrics: LedgerMetrics | None = None,
         lost: Callable[[Sequence[Settlement]], None] = lambda settlements: None,
+        session_idle_ms: int = SESSION_IDLE_MS,
     ) -> None:
-        """`lost` gets the settlements of a turn that cannot be written."""
+        """`lost` gets the settlements of a turn that cannot be written. `session_idle_ms`: for how long a user may be
+        silent and still be in the same session."""
         self._database = database
         self._lost = lost
+        self._idle_ms = session_idle_ms
         self._metrics = metrics
         self._waiting: list[Turn] = []
         self._waiting_bytes = 0
@@ -96,6 +105,8 @@ class Ledger:
         self._most_in_batch = MOST_IN_BATCH
         self._wake = asyncio.Event()
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        self._sessions_revision = -1
+        self._looked_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
@@ -235,9 +246,13 @@ class Ledger:
         except DatabaseUnavailable:
             raise
         except Exception as failure:
-            if isinstance(failure, AlreadyThere) and await usage.exists(self._database, turn.usage[0].id):
-                _settle(turn, None)
-                return
+            if isinstance(failure, AlreadyThere):
+                if await usage.exists(self._database, turn.usage[0].id):
+                    _settle(turn, None)
+                    return
+                if _made_a_branch(turn):
+                    await self._commit_alone(turn)
+                    return
             known = isinstance(failure, RowRejected)
             log.error("turn not recorded (%s): %s", failure, _figures(turn), exc_info=not known)
             _settle(turn, NotRecorded(log=str(failure)))
@@ -254,6 +269,8 @@ class Ledger:
         named = [turn for turn in turns if turn.is_new and turn.is_named]
         steps.append(sessions.count_named((turn.session_id, turn.pk) for turn in named if turn.session_id is not None))
         steps.append(limits.settlement_step(summed(one for turn in batch for one in turn.settlements)))
+        steps += stored.save((turn.stored, _conversation_id(turn)) for turn in batch if turn.stored is not None)
+        steps.append(turn_leases.release_step(turn.lease for turn in turns if turn.lease is not None))
         size = sum(turn.size for turn in batch)
         await self._database.write(steps, timeout=COMMIT_SECONDS + size / BYTES_PER_SECOND)
 
@@ -264,21 +281,36 @@ class Ledger:
             if talk is None:
                 continue
             if talk.is_new and talk.session_id is None:
-                talk.session_id = self._known_session(talk) or await self._session_of(talk.user_id, talk.at)
+                await self._look_for_news()
+                talk.session_id = self._known_session(talk) or await self.session_of(talk.user_id, talk.at)
             for row in turn.usage:
                 row.session_id = talk.session_id
 
     def _known_session(self, talk: ConversationTurn) -> str | None:
         """The session that this worker remembers of the user, if it goes on with this turn."""
         known = self._sessions.get(talk.user_id)
-        if known is None or talk.at - known[1] > SESSION_IDLE_MS:
+        if known is None or talk.at - known[1] > self._idle_ms:
             return None
         self._sessions[talk.user_id] = (known[0], talk.at)
         self._sessions.move_to_end(talk.user_id)
         return known[0]
 
-    async def _session_of(self, user_id: str, now: int) -> str:
-        session_id = await sessions.current(self._database, user_id, active_since=now - SESSION_IDLE_MS)
+    async def _look_for_news(self) -> None:
+        """Once in a while: whether a session was opened or ended outside of a turn, by any worker."""
+        now = self._loop.time()
+        if self._sessions and now - self._looked_at >= SESSION_NEWS_SECONDS:
+            revision = await sessions.revision(self._database)
+            if revision != self._sessions_revision:
+                self._sessions.clear()
+            self._sessions_revision, self._looked_at = revision, now
+
+    def forget_session(self, user_id: str) -> None:
+        """This worker need not wait for the news: it has opened or ended one."""
+        self._sessions.pop(user_id, None)
+
+    async def session_of(self, user_id: str, now: int) -> str:
+        """The user's current session, opened if there is none."""
+        session_id = await sessions.current(self._database, user_id, active_since=now - self._idle_ms)
         if session_id is None:
             session_id = f"sess_{ordered_hex()}"
             await sessions.open_session(self._database, session_id, user_id, now)
@@ -289,8 +321,20 @@ class Ledger:
         return session_id
 
 
+def _made_a_branch(turn: Turn) -> bool:
+    if turn.conversation is None or not branched(turn.conversation):
+        return False
+    for row in turn.usage:
+        row.conversation_id = turn.conversation.id
+    return True
+
+
+def _conversation_id(turn: Turn) -> str | None:
+    return None if turn.conversation is None else turn.conversation.id
+
+
 def _size(turn: Turn) -> int:
-    size = 0
+    size = 0 if turn.stored is None else turn.stored.size
     if turn.conversation is not None:
         for message in turn.conversation.messages or ():
             size += len(message.content) + len(message.extra or "")

@@ -18,7 +18,7 @@ from gateway import logs
 from gateway.addresses import client_address
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
 from gateway.ids import ordered_hex
-from gateway.responses import Header, Message, Receive, Scope, Send, send_error
+from gateway.responses import Header, Message, Receive, Scope, Send, error_body, send_error
 
 log = logging.getLogger("gateway")
 
@@ -87,7 +87,7 @@ class CORS:
 
         def send_with_headers(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *extra]
+                message["headers"] = _varied(message["headers"], extra)
             return send(message)
 
         return self._app(scope, receive, send_with_headers)
@@ -171,7 +171,8 @@ class Observed:
 
 
 class ErrorBoundary:
-    """The last place where a failure becomes a reply in OpenAI's shape. What nobody foresaw is a 500 with an id.
+    """The last place where a failure becomes a reply, in OpenAI's shape or, if a dialect has put one into the state, by
+    its `error_body`. What nobody foresaw is a 500 with an id.
 
     Inside of `Observed`, which notes whether the answer has begun."""
 
@@ -200,7 +201,7 @@ class ErrorBoundary:
                 exc_info=raised if unforeseen else None,
             )
         if "status" not in scope["state"]:
-            await send_error(send, failure, _closing(scope))
+            await send_error(send, failure, _closing(scope), scope["state"].get("error_body", error_body))
 
 
 class OnePath:
@@ -217,6 +218,15 @@ class OnePath:
                 scope["state"]["deployment"] = azure[1]
             scope["path"] = one_path(scope["path"])
         return self._app(scope, receive, send)
+
+
+def _varied(headers: Iterable[Header], extra: Iterable[Header]) -> list[Header]:
+    """All of them, with one `vary`."""
+    both = [*headers, *extra]
+    varies = [value for name, value in both if name == b"vary"]
+    if len(varies) < 2:
+        return both
+    return [*(pair for pair in both if pair[0] != b"vary"), (b"vary", b", ".join(varies))]
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:

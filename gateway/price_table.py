@@ -42,13 +42,22 @@ class PriceTable:
 
     def find(self, vendor: str | None, model: str) -> Priced | None:
         """The price that the vendor asks for a model of that name; None: nobody knows it."""
+        found = self._of(vendor, model)
+        return None if found is None else _priced(found)
+
+    def context_window(self, vendor: str | None, model: str) -> int | None:
+        """How many tokens its input and its answer may have together; None: nobody knows it."""
+        found = self._of(vendor, model)
+        return None if found is None else found.get("context_window")
+
+    def _of(self, vendor: str | None, model: str) -> Entry | None:
         if vendor is None or vendor not in self._data:
             return None
         name = model.lower()
         found = self._entry(vendor, name)
         if found is None and (dashed := _dashed(name)) != name:
             found = self._entry(vendor, dashed)
-        return None if found is None else _priced(found)
+        return found
 
     def _entry(self, vendor: str, name: str) -> Entry | None:
         for one in (vendor, *self._data[vendor].get("fallbacks", ())):

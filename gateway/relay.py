@@ -17,7 +17,7 @@ from gateway.store.usage import UsageRow
 from gateway.wire import WireError, repair, splice
 from gateway.wire.chat import ChatRequest, Chunk, Completion, CompletionRequest, Message, Usage, take_apart, text_of
 from gateway.wire.failures import StreamedError, streamed_error
-from gateway.wire.jsontext import dumps
+from gateway.wire.jsontext import dumps, loads
 from gateway.wire.stream import ChatStream
 
 DRAIN_CHARACTERS = 4 * 2000
@@ -67,6 +67,8 @@ class Exchange(Call[ChatRequest]):
         outcome = await self._outcome(Usage.read(completion.data.get("usage")), answers, reason)
         outcome.service_tier = self._served_as
         row = self._row(outcome)
+        if self.job.keep is not None:
+            self._keep_answer(loads(self._reply_body(completion, outcome, row)), row)
         await self._record(answers[0] if answers else None, row)
         return Reply(self._reply_body(completion, outcome, row), usd(row.cost_nanousd))
 
@@ -80,9 +82,16 @@ class Exchange(Call[ChatRequest]):
             changes["usage"] = dumps({**outcome.usage.to_openai(), "cost": cost})
         if self.conversation_id is not None:
             changes["conversation_id"] = dumps(self.conversation_id)
+        if self.job.keep is not None:
+            changes["id"] = dumps(self.job.keep.id)
         if "timings" not in data:
             changes["timings"] = dumps(timings(outcome, row))
         return splice.edit(completion.raw, data, changes)
+
+    def _keep_answer(self, answer: dict[str, Any], row: UsageRow) -> None:
+        """For an answer that came to its end, as the client will see it; it is stored with the turn."""
+        if self.job.keep is not None:
+            self._stored = self.job.keep.completed(answer, self.job.caller, row.model, row.created_at)
 
 
 class StreamExchange(Exchange):
@@ -144,6 +153,7 @@ class StreamExchange(Exchange):
             operation=job.request.operation,
             model=route.upstream_model,
             at=job.at // 1000,
+            id=job.keep.id if job.keep is not None else None,
         )
         stream = await route.backend.stream(request)
         try:
@@ -218,9 +228,12 @@ class StreamExchange(Exchange):
         if outcome.finish_reason is None:
             outcome.finish_reason = self._editor.assumed_finish_reason
         row = self._row(outcome)
+        extra: dict[str, Any] = {"timings": self._editor.timings or timings(outcome, row)}
+        if self.job.keep is not None:
+            self._keep_answer(self._editor.whole(outcome.usage, usd(row.cost_nanousd), extra), row)
         await self._record(self._editor.answer.message(), row)
-        extra: dict[str, Any] = {} if self.conversation_id is None else {"conversation_id": self.conversation_id}
-        extra["timings"] = self._editor.timings or timings(outcome, row)
+        if self.conversation_id is not None:
+            extra = {"conversation_id": self.conversation_id, **extra}
         return self._editor.end(outcome.usage, usd(row.cost_nanousd), extra)
 
     async def _end_early(self, failure: UpstreamError) -> NoReturn:

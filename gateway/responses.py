@@ -34,14 +34,16 @@ Header = tuple[bytes, bytes]
 PING_SECONDS = 15.0
 JSON_TYPE: Header = (b"content-type", b"application/json")
 NO_STORE: Header = (b"cache-control", b"no-store")
+VARY: Header = (b"vary", b"authorization, x-api-key, api-key")
 EVENT_STREAM: Header = (b"content-type", b"text/event-stream; charset=utf-8")
-STREAM_HEADERS: Sequence[Header] = (NO_STORE, (b"x-accel-buffering", b"no"))
+STREAM_HEADERS: Sequence[Header] = (NO_STORE, VARY, (b"x-accel-buffering", b"no"))
 
 
 async def send_json(send: Send, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
     """A JSON reply. An own `content-type` or `cache-control` in `headers` is not expected."""
     length = (b"content-length", b"%d" % len(body))
-    await send({"type": "http.response.start", "status": status, "headers": [JSON_TYPE, length, NO_STORE, *headers]})
+    own = [JSON_TYPE, length, NO_STORE, VARY]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -51,9 +53,14 @@ def error_body(failure: GatewayError) -> bytes:
     return dumps({"error": fields})
 
 
-async def send_error(send: Send, failure: GatewayError, headers: Sequence[Header] = ()) -> None:
+async def send_error(
+    send: Send,
+    failure: GatewayError,
+    headers: Sequence[Header] = (),
+    body: Callable[[GatewayError], bytes] = error_body,
+) -> None:
     own = [(name.encode("latin-1"), header_value(value)) for name, value in failure.headers.items()]
-    await send_json(send, failure.status, error_body(failure), [*own, *headers])
+    await send_json(send, failure.status, body(failure), [*own, *headers])
 
 
 def header_value(text: str) -> bytes:

@@ -102,6 +102,13 @@ class TokenCounter:
         """Of plain texts, as in completions, embeddings and speech."""
         return await self._count(model, lambda: ((text, 0) for text in texts), hurried)
 
+    async def knows(self, model: str) -> bool:
+        """Are counts for it exact, or are they estimates?"""
+        if self._encodings.knows(model):
+            return self._encodings.find(model) is not None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor(), self._encodings.find, model) is not None
+
     def close(self) -> None:
         """Ends the thread when what it was given is done."""
         if self._thread is not None:

@@ -115,7 +115,8 @@ def model(owner: str, source: types.ModelInfo, counted: Counted) -> Data:
         prices |= service_tiers(source, path, counted)
     else:
         counted.unpriced.append(path)
-    return {"id": source.id, **rule(source.match, path), **prices}
+    window = {"context_window": source.context_window} if source.context_window else {}
+    return {"id": source.id, **rule(source.match, path), **window, **prices}
 
 
 def shortest(periods: list[Data]) -> Data:

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,6 +192,23 @@ def test_the_price_and_the_policy_of_a_route(
 ) -> None:
     route = fixed("b", **options).route("m", price, on_disconnect=route_policy)
     assert (route.price, route.on_disconnect) == expected
+
+
+def test_the_window_of_a_model_is_what_the_settings_say_else_the_smallest_of_its_routes() -> None:
+    def routes(*windows: int | None) -> list[Route]:
+        return [replace(ONE.route("m"), context_window=window) for window in windows]
+
+    assert Model("m", routes(None)).context_window is None
+    assert Model("m", routes(8000, None, 4000)).context_window == 4000
+    assert Model("m", routes(8000, 4000), window=9000).context_window == 9000
+
+
+def test_the_window_of_a_route_is_its_backends_else_in_the_table() -> None:
+    provider = fixed("b", vendor="openai", table=PriceTable.load())
+    assert provider.route("gpt-4o").context_window == 128_000
+    assert provider.route("nobody-knows-me").context_window is None
+    provider.context_window = 2048
+    assert provider.route("gpt-4o").context_window == 2048
 
 
 async def test_what_a_backend_refuses_goes_with_each_of_its_routes() -> None:

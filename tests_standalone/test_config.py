@@ -237,6 +237,13 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("server: {cors_origins: }", "server.cors_origins: must be a list"),
         ("server: {cors_origins: '[a'}", "server.cors_origins: must be a list: [a, b] or a, b"),
         ("conversations: {system_prompt_file: no.txt}", "conversations.system_prompt_file: no such file"),
+        ("conversations: {busy: later}", "conversations.busy: must be 'reject' or 'wait'"),
+        ("conversations: {header: 'X Chat'}", "conversations.header: must be the name of a header"),
+        ("conversations: {header: Authorization}", "conversations.header: must not name a header that carries"),
+        ("conversations: {store_content: perhaps}", "conversations.store_content: must be true or false"),
+        ("conversations: {retention_days: 0}", "conversations.retention_days: must be at least 1"),
+        ("conversations: {deleted_days: -1}", "conversations.deleted_days: must be at least 0"),
+        ("conversations: {session_idle_minutes: 0}", "conversations.session_idle_minutes: must be at least 1"),
         ("limits: {requests_per_minute: 0}", "limits.requests_per_minute: must be at least 1"),
         ("storage: {url: 'gs://bucket'}", "storage.url: must be a folder"),
         ("storage: {url: 's3://'}", "storage.url: must be a folder"),
@@ -1232,6 +1239,7 @@ def test_budgets_are_exact_amounts_for_a_period() -> None:
         ("budgets: {keys: {usd: 1}}", "budgets.keys: unknown"),
         ("limits: {token_burst: 0}", "limits.token_burst: must be at least 1"),
         ("models: {a: {backend: b, max_output_tokens: 0}}", "models.a.max_output_tokens: must be at least 1"),
+        ("models: {a: {backend: b, context_window: 0}}", "models.a.context_window: must be at least 1"),
     ],
 )
 def test_limits_and_budgets_that_cannot_be(text: str, problem: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -10,13 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.auth import Caller
-from gateway.conversations import TITLE_LENGTH, Conversations, Talk, link, new_id
-from gateway.errors import BadRequest, NotFound
+from gateway.catalog import Model
+from gateway.conversations import Conversations, given_id
+from gateway.errors import BadRequest, ConversationBusy, NotFound
 from gateway.store import conversations as rows_of
-from gateway.store.database import Database
+from gateway.store.database import AlreadyThere, Database
 from gateway.store.text import clean
+from gateway.store.turn_leases import release_step
+from gateway.talks import TITLE_LENGTH, Talk, new_id
+from gateway.threads import chain_of, seed
+from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Message
-from tests_standalone.conftest import NOON, rows
+from tests_standalone.conftest import NOON, Unsteady, rows
 
 ANN, BOB = Caller("ann", "key_1"), Caller("bob")
 
@@ -39,7 +45,10 @@ async def save(database: Database, talk: Talk, answer: Message | None, at: int =
         "output_tokens": 2,
         "cost_nanousd": 7,
     }
-    await database.write(rows_of.save([talk.turn(answer, at, **values | figures)]))
+    turn = talk.turn(answer, at, **values | figures)
+    await database.write([*rows_of.save([turn]), release_step([talk.lease] if talk.lease else [])])
+    talk.was_recorded(turn)
+    talk.close()
 
 
 async def one_turn(
@@ -78,6 +87,7 @@ async def test_an_unknown_name_is_made_under_that_name(migrated: Database, name:
     assert (talk.id, talk.is_new) == (name, True)
     again = await conversations.open(ANN, request("more", conversation_id=name), None)
     assert again is not None
+    again.close()
     assert (again.pk, again.is_new, len(again.history)) == (talk.pk, False, 2)
 
 
@@ -359,87 +369,11 @@ def test_the_title_of_any_text(text: str) -> None:
     assert turn.title == (clean(" ".join(text[: 8 * TITLE_LENGTH].split()), TITLE_LENGTH) or None)
 
 
-# The chain: a resent history is recognised by it
-
-
-def chain(*messages: Message) -> str:
-    found = ""
-    for message in messages:
-        found = link(found, message)
-    return found
+# What becomes of a turn in the table
 
 
 def user(content: object, **fields: Any) -> Message:
     return {"role": "user", "content": content, **fields}
-
-
-PICTURE = {"type": "image_url", "image_url": {"url": "data:,x"}}
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-
-
-@settings(deadline=None)
-@given(st.text() | st.text(st.sampled_from(" \ta\ud800é\\")), st.sampled_from(["user", "assistant", "tool", "é"]))
-def test_a_text_and_its_only_part_are_the_same(text: str, role: str) -> None:
-    message: Message = {"role": role, "content": text, "name": "x"}
-    assert chain(message) == chain(message | {"content": [{"type": "text", "text": text}]})
-    assert chain(message) == chain(message | {"tool_call_id": None, "tool_calls": []})
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ([user("hi")], [user([{"type": "text", "text": "hi"}])]),
-        ([user("hi")], [user("  hi\n")]),
-        ([user("hi")], [{"role": "system", "content": "s"}, user("hi")]),
-        ([user("hi")], [{"role": "developer", "content": "s"}, user("hi")]),
-        ([user("hi"), {"role": "system", "content": "s"}], [user("hi")]),
-        ([assistant("x")], [assistant("x", reasoning_content="because", reasoning="so")]),
-        ([assistant("x")], [assistant("x", refusal=None, annotations=[], audio=None)]),
-        ([assistant("x")], [assistant("x", tool_calls=[])]),
-        ([assistant(None)], [assistant("")]),
-        ([assistant("x", tool_calls=[CALL])], [assistant("x", tool_calls=[CALL | {"id": "c2", "index": 0}])]),
-        ([user("a\nb")], [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]),
-    ],
-    ids=[
-        "parts", "outer space", "a system message", "a developer message", "a system message after it", "reasoning",
-        "fields that are empty", "no tool calls", "no text", "ids of calls", "several parts",
-    ],
-)  # fmt: skip
-def test_the_chain_is_the_same(one: list[Message], other: list[Message]) -> None:
-    assert chain(*one) == chain(*other)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ([user("hi")], [user("ho")]),
-        ([user("hi")], [assistant("hi")]),
-        ([user("hi")], [user("Hi")]),
-        ([user("a b")], [user("a  b")]),
-        ([user("hi"), user("ho")], [user("ho"), user("hi")]),
-        ([user("hi"), user("ho")], [user("hiho")]),
-        ([user("hi")], [user("hi"), user("hi")]),
-        ([user("hi")], [user([{"type": "text", "text": "hi"}, PICTURE])]),
-        ([user([PICTURE])], [user([PICTURE | {"image_url": {"url": "data:,y"}}])]),
-        ([assistant("x")], [assistant("x", tool_calls=[CALL])]),
-        (
-            [assistant("x", tool_calls=[CALL])],
-            [assistant("x", tool_calls=[CALL | {"function": {"name": "f", "arguments": "{1}"}}])],
-        ),
-        (
-            [{"role": "tool", "content": "1", "tool_call_id": "a"}],
-            [{"role": "tool", "content": "1", "tool_call_id": "b"}],
-        ),
-        ([user("a\x00b")], [user("ab")]),
-        ([user("\ud800")], [user("\ud801")]),
-    ],
-    ids=[
-        "text", "role", "case", "inner space", "order", "joined", "repeated", "a picture", "another picture",
-        "a tool call", "another call", "another result", "NUL", "half a pair",
-    ],
-)  # fmt: skip
-def test_the_chain_is_another(one: list[Message], other: list[Message]) -> None:
-    assert chain(*one) != chain(*other)
 
 
 async def test_the_stored_chain_goes_on_from_turn_to_turn(migrated: Database) -> None:
@@ -449,4 +383,416 @@ async def test_the_stored_chain_goes_on_from_turn_to_turn(migrated: Database) ->
     await one_turn(conversations, migrated, request("more", conversation_id="x"), assistant("yes"))
     stored = [row[0] for row in await rows(migrated, "SELECT chain FROM messages ORDER BY seq")]
     said = [user("hi"), assistant("hello"), user("more"), assistant("yes")]
-    assert stored == [None, *(chain(*said[:count]) for count in (1, 2, 3, 4))]
+    start = seed("ann", "key_1", None)
+    assert stored == [None, *(chain_of(start, said[:count]) for count in (1, 2, 3, 4))]
+
+
+# Rule 3: nothing is given
+
+
+async def say(
+    conversations: Conversations,
+    database: Database,
+    *messages: Message | str,
+    answer: Message | None = None,
+    caller: Caller = ANN,
+    end_user: str | None = None,
+    group: str | None = None,
+    figures: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Talk:
+    """One call from its beginning to its end."""
+    asked = request(*messages, **fields)
+    talk = await conversations.open(caller, asked, end_user, group)
+    assert talk is not None
+    conversations.prepare(asked, talk)
+    await save(database, talk, answer or assistant("yes"), **(figures or {}))
+    return talk
+
+
+async def told(database: Database, talk: Talk) -> list[str]:
+    """The conversation's own messages, with their places."""
+    sql = "SELECT m.seq, m.content FROM messages m WHERE conversation_pk = $1 ORDER BY seq"
+    return [f"{seq} {json.loads(content)}" for seq, content in await rows(database, sql, talk.pk)]
+
+
+YES = assistant("yes")
+
+
+async def test_a_loop_is_one_conversation(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, {"role": "system", "content": "s"}, "one")
+    second = await say(conversations, migrated, "one", YES, "two")
+    third = await say(conversations, migrated, "one", YES, "two", YES, "three")
+    assert first.id == second.id == third.id
+    assert await told(migrated, first) == ["1 s", "2 one", "3 yes", "4 two", "5 yes", "6 three", "7 yes"]
+    assert await rows(migrated, "SELECT message_count, title FROM conversations") == [(7, "one")]
+
+
+async def test_tool_calls_and_results_are_part_of_the_loop(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    call = assistant(None, tool_calls=TOOL_CALLS)
+    first = await say(conversations, migrated, "what is it?", answer=call)
+    result = {"role": "tool", "content": "4", "tool_call_id": "call_1"}
+    again = {"role": "assistant", "tool_calls": [TOOL_CALLS[0] | {"id": "x"}, TOOL_CALLS[1]]}
+    second = await say(conversations, migrated, "what is it?", again, result)
+    assert second.id == first.id
+    assert await rows(migrated, "SELECT role FROM messages ORDER BY seq") == [
+        ("user",), ("assistant",), ("tool",), ("assistant",)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "whose"),
+    [
+        ({"caller": BOB}, "another user"),
+        ({"caller": Caller("ann", "key_2")}, "another key"),
+        ({"end_user": "kid"}, "another end user"),
+    ],
+)
+async def test_a_history_is_looked_up_among_the_callers_own(
+    migrated: Database, other: dict[str, Any], whose: str
+) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one")
+    second = await say(conversations, migrated, "one", YES, "two", **other)
+    assert second.id != first.id, whose
+    assert second.parent is None
+    assert await told(migrated, second) == ["1 one", "2 yes", "3 two", "4 yes"]
+
+
+async def test_what_goes_on_in_two_ways_has_a_branch(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one")
+    await say(conversations, migrated, "one", YES, "two")
+    branch = await say(conversations, migrated, "one", YES, "other")
+    assert branch.id != first.id
+    assert await told(migrated, first) == ["1 one", "2 yes", "3 two", "4 yes"]
+    assert await told(migrated, branch) == ["3 other", "4 yes"]
+    assert await rows(
+        migrated,
+        "SELECT parent_id, parent_pk, parent_seq, message_count, total_tokens_input, title FROM conversations "
+        "WHERE parent_id IS NOT NULL",
+    ) == [(first.id, first.pk, 2, 4, 3, "one")]
+
+    deeper = await say(conversations, migrated, "one", YES, "other", YES, "more")
+    assert deeper.id == branch.id
+    twig = await say(conversations, migrated, "one", YES, "other", YES, "less")
+    talk = await conversations.open(ANN, request("and now?", conversation_id=twig.id), None)
+    assert talk is not None
+    texts = [json.loads(message.content) for message in talk.history]
+    assert texts == ["one", "yes", "other", "yes", "less", "yes"]
+    talk.close()
+
+
+async def test_calls_at_once_never_share_an_end(migrated: Database) -> None:
+    """Whoever comes second knows at once that it is a branch."""
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one")
+    asked = request("one", YES, "two")
+    talks = await asyncio.gather(*(conversations.open(ANN, asked, None) for _ in range(8)))
+    found = [talk for talk in talks if talk is not None]
+    assert len({talk.id for talk in found}) == 8
+    assert [talk.id for talk in found if not talk.is_new] == [first.id]
+    for talk in found:
+        await save(migrated, talk, YES)
+    assert [len(await told(migrated, talk)) for talk in found if talk.is_new] == [2] * 7
+    again = [await say(conversations, migrated, "one", YES, "two", YES, "three") for _ in range(8)]
+    assert {talk.pk for talk in again} == {talk.pk for talk in found}
+
+
+async def test_an_end_is_free_again_when_a_call_leaves_no_turn(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one")
+    for _ in range(2):
+        talk = await conversations.open(ANN, request("one", YES, "two"), None)
+        assert talk is not None
+        assert talk.id == first.id
+        talk.close()
+
+
+async def test_what_two_workers_do_at_once_is_refused_the_second_by_the_database(migrated: Database) -> None:
+    one, two = Conversations(migrated), Conversations(migrated)
+    await say(one, migrated, "one")
+    talks = [await worker.open(ANN, request("one", YES, "two"), None) for worker in (one, two)]
+    assert talks[0] is not None
+    assert talks[1] is not None
+    assert talks[0].id == talks[1].id
+    await save(migrated, talks[0], YES)
+    with pytest.raises(AlreadyThere):
+        await save(migrated, talks[1], YES)
+    assert await told(migrated, talks[0]) == ["1 one", "2 yes", "3 two", "4 yes"]
+
+
+async def test_a_deleted_conversation_is_not_gone_on_with(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one")
+    await migrated.write([("UPDATE conversations SET deleted_at = 1", [()])])
+    second = await say(conversations, migrated, "one", YES, "two")
+    assert (second.id != first.id, second.parent) == (True, None)
+
+
+async def test_an_answer_that_broke_off_goes_on_as_its_client_has_it(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    broken = {"finish_reason": "client_disconnected"}
+    first = await say(conversations, migrated, "one", answer=assistant("Hello wor"), figures=broken)
+    second = await say(conversations, migrated, "one", assistant("Hello"), "two")
+    third = await say(conversations, migrated, "one", assistant("Hello"), "two", YES, "three")
+    assert first.id == second.id == third.id
+    assert await told(migrated, first) == ["1 one", "2 Hello wor", "3 two", "4 yes", "5 three", "6 yes"]
+    other = await say(conversations, migrated, "one", assistant("Bye"), "two")
+    assert other.parent is None
+
+
+async def test_the_first_call_of_a_conversation_asks_the_database_nothing(sqlite: Database) -> None:
+    unsteady = Unsteady(sqlite)
+    conversations = Conversations(unsteady)
+    for messages in (["hi"], [{"role": "system", "content": "s"}, "hi"], ["hi", "there"]):
+        talk = await conversations.open(ANN, request(*messages), None)
+        assert talk is not None
+        turn = talk.turn(YES, NOON, model="m", finish_reason="stop", input_tokens=1, output_tokens=1, cost_nanousd=1)
+        statements = [sql for sql, values in rows_of.save([turn]) if values]
+        assert statements == [rows_of.CREATE, rows_of.INSERT_BY_OWNER]
+    assert (unsteady.fetched, unsteady.written) == ([], [])
+    await conversations.open(ANN, request("hi", YES, "more"), None)
+    assert len(unsteady.fetched) == 1
+
+
+@pytest.mark.parametrize("group", [None, "chat"])
+@pytest.mark.parametrize("threading", ["auto", "explicit", "off"])
+async def test_what_a_frontend_asks_for_itself_is_no_turn(sqlite: Database, threading: Any, group: str | None) -> None:
+    conversations = Conversations(sqlite, threading=threading)
+    asked = request("### Task:\nGenerate a title")
+    assert await conversations.open(ANN, asked, None, group) is None
+    assert conversations.prepare(asked, None).raw == asked.raw
+
+
+async def test_the_system_prompt_is_sent_every_time_and_kept_once(migrated: Database) -> None:
+    conversations = Conversations(migrated, system_prompt="Be kind.")
+    first = await say(conversations, migrated, "one")
+    asked = request("one", YES, "two")
+    talk = await conversations.open(ANN, asked, None)
+    assert talk is not None
+    assert [message["role"] for message in conversations.prepare(asked, talk).messages] == [
+        "system", "user", "assistant", "user"
+    ]  # fmt: skip
+    await save(migrated, talk, YES)
+    assert await told(migrated, first) == ["1 Be kind.", "2 one", "3 yes", "4 two", "5 yes"]
+
+
+# Rule 2: a header
+
+
+async def test_a_header_groups_and_prepends_nothing(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, {"role": "system", "content": "s"}, "one", group="chat")
+    asked = request({"role": "system", "content": "s"}, "one", YES, "two")
+    talk = await conversations.open(ANN, asked, None, "chat")
+    assert talk is not None
+    assert conversations.prepare(asked, talk).raw == asked.raw
+    await save(migrated, talk, YES)
+    assert (talk.id, first.id) == ("chat", "chat")
+    assert await told(migrated, first) == ["1 s", "2 one", "3 yes", "4 two", "5 yes"]
+    await say(conversations, migrated, "one", YES, "two", answer=assistant("no"), group="chat")
+    await say(conversations, migrated, "something else", group="chat")
+    assert (await told(migrated, first))[5:] == ["6 no", "7 something else", "8 yes"]
+    assert await rows(migrated, "SELECT COUNT(*), MAX(message_count) FROM conversations") == [(1, 8)]
+
+
+async def test_turns_of_one_header_at_once_are_all_there(migrated: Database) -> None:
+    one, two = Conversations(migrated), Conversations(migrated)
+    talks = [await worker.open(ANN, request(f"q{n}"), None, "chat") for n, worker in enumerate([one, two] * 3)]
+    found = [talk for talk in talks if talk is not None]
+    await asyncio.gather(*(save(migrated, talk, assistant(f"a{n}")) for n, talk in enumerate(found)))
+    lines = [row[0] for row in await rows(migrated, "SELECT content FROM messages ORDER BY seq")]
+    assert [line.replace("q", "a") for line in lines[::2]] == lines[1::2]
+    assert await rows(migrated, "SELECT COUNT(*), MAX(message_count) FROM conversations") == [(1, 12)]
+
+
+async def test_a_header_with_an_id_of_ours_that_is_not_the_callers(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    own = await say(conversations, migrated, "one")
+    with pytest.raises(NotFound):
+        await conversations.open(BOB, request("hi"), None, own.id)
+    grouped = await conversations.open(ANN, request("hi"), None, own.id)
+    assert grouped is not None
+    assert grouped.pk == own.pk
+
+
+async def test_explicit_threading_records_headers_and_nothing_else(sqlite: Database) -> None:
+    conversations = Conversations(sqlite, threading="explicit")
+    assert await conversations.open(ANN, request("hi"), None, "chat") is not None
+    assert await conversations.open(ANN, request("hi", YES, "more"), None) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("abc", "abc"),
+        ("abc::model", "abc"),
+        (" abc ", "abc"),
+        ("local:x", None),
+        ("a b", None),
+        ("", None),
+        ("::m", None),
+    ],
+)
+def test_the_id_in_a_header(told: str, name: str | None) -> None:
+    assert given_id(told) == name
+
+
+# Rule 1: `conversation_id`
+
+
+async def test_a_history_that_the_client_sends_itself_is_not_doubled(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, {"role": "system", "content": "s"}, "one", conversation_id="x")
+    asked = request("one", YES, "two", conversation_id="x")
+    talk, sent = await one_turn(conversations, migrated, asked, YES)
+    assert [message["content"] for message in sent.messages] == ["s", "one", "yes", "two"]
+    asked = request({"role": "system", "content": "t"}, "one", YES, "two", YES, "three", conversation_id="x")
+    talk, sent = await one_turn(conversations, migrated, asked, YES)
+    assert [message["content"] for message in sent.messages] == ["t", "one", "yes", "two", "yes", "three"]
+    assert talk.id == "x"
+    assert await told(migrated, first) == ["1 s", "2 one", "3 yes", "4 two", "5 yes", "6 three", "7 yes"]
+
+
+async def test_a_client_that_goes_on_from_earlier_gets_a_branch(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one", conversation_id="x")
+    await say(conversations, migrated, "two", conversation_id="x")
+    branch = await say(conversations, migrated, "one", YES, "other", conversation_id="x")
+    assert branch.id != "x"
+    assert branch.parent == (first.id, first.pk, 2)
+    assert await told(migrated, branch) == ["3 other", "4 yes"]
+    assert len(await told(migrated, first)) == 4
+    twig = await say(conversations, migrated, "one", YES, "third", conversation_id=branch.id)
+    assert twig.parent == (branch.id, branch.pk, 2)
+    _, sent = await one_turn(conversations, migrated, request("now", conversation_id=twig.id), None)
+    assert [message["content"] for message in sent.messages] == ["one", "yes", "third", "yes", "now"]
+
+
+async def test_a_foreign_history_is_new(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    await say(conversations, migrated, "one", conversation_id="x")
+    _, sent = await one_turn(conversations, migrated, request("ONE", assistant("no"), "two", conversation_id="x"), None)
+    assert [message["content"] for message in sent.messages] == ["one", "yes", "ONE", "no", "two"]
+
+
+async def test_a_repeated_question_is_new(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one", conversation_id="x")
+    await say(conversations, migrated, "one", conversation_id="x")
+    assert await told(migrated, first) == ["1 one", "2 yes", "3 one", "4 yes"]
+
+
+async def test_the_clients_own_system_message_comes_first_and_is_kept_once(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    system: Message = {"role": "system", "content": "s"}
+    first = await say(conversations, migrated, system, "one", conversation_id="x")
+    _, sent = await one_turn(conversations, migrated, request(system, "two", conversation_id="x"), YES)
+    assert [message["content"] for message in sent.messages] == ["s", "one", "yes", "two"]
+    other = system | {"content": "t"}
+    _, sent = await one_turn(conversations, migrated, request(other, "three", conversation_id="x"), YES)
+    assert [message["content"] for message in sent.messages] == ["t", "one", "yes", "two", "yes", "three"]
+    assert await told(migrated, first) == ["1 s", "2 one", "3 yes", "4 two", "5 yes", "6 t", "7 three", "8 yes"]
+
+
+async def test_a_loop_without_an_id_goes_on_with_a_conversation_that_was_named(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one", conversation_id="x")
+    second = await say(conversations, migrated, "one", YES, "two")
+    await say(conversations, migrated, "three", conversation_id="x")
+    assert second.id == "x"
+    assert len(await told(migrated, first)) == 6
+
+
+async def test_a_conversation_that_is_there_but_empty(migrated: Database) -> None:
+    """Made by somebody beforehand, in a session of its own."""
+    conversations = Conversations(migrated, system_prompt="Be kind.")
+    made = rows_of.ConversationTurn("c_1", "x", "ann", None, None, "sess_1", True, None, NOON, [])
+    await migrated.write(rows_of.save([made]))
+    talk = await say(conversations, migrated, "one", conversation_id="x")
+    assert talk.session_id == "sess_1"
+    assert await told(migrated, talk) == ["1 Be kind.", "2 one", "3 yes"]
+    assert await rows(migrated, "SELECT pk, title, session_id, message_count FROM conversations") == [
+        ("c_1", "one", "sess_1", 3)
+    ]
+
+
+async def test_one_turn_at_a_time(migrated: Database) -> None:
+    """In one worker, and over workers; before anything is spent."""
+    one, two = Conversations(migrated), Conversations(migrated)
+    asked = request("hi", conversation_id="x")
+    talk = await one.open(ANN, asked, None)
+    assert talk is not None
+    for worker in (one, two):
+        with pytest.raises(ConversationBusy) as caught:
+            await worker.open(ANN, asked, None)
+        assert (caught.value.status, caught.value.code) == (409, "conversation_busy")
+        assert int(caught.value.headers["retry-after-ms"]) > 0
+    for worker in (one, two):
+        other = await worker.open(BOB, asked, None)
+        assert other is not None
+        await save(migrated, other, YES)
+    await save(migrated, talk, YES)
+    later = await two.open(ANN, asked, None)
+    assert later is not None
+    assert len(later.history) == 2
+    later.close()
+    await two.aclose()
+
+
+async def test_what_a_failed_call_held_is_free_for_all_workers_when_it_is_closed(migrated: Database) -> None:
+    one, two = Conversations(migrated), Conversations(migrated)
+    for worker in (one, two) * 3:
+        talk = await worker.open(ANN, request("hi", conversation_id="x"), None)
+        assert talk is not None
+        await talk.aclose()
+        await talk.aclose()
+    assert await rows(migrated, "SELECT * FROM turn_leases") == []
+
+
+@pytest.mark.parametrize("wanted", ["a b", "conv_" + "0" * 32])
+async def test_a_call_that_is_refused_holds_nothing(sqlite: Database, wanted: str) -> None:
+    conversations = Conversations(sqlite)
+    with pytest.raises((BadRequest, NotFound)):
+        await conversations.open(ANN, request("hi", conversation_id=wanted), None)
+    await conversations.aclose()
+    assert await rows(sqlite, "SELECT * FROM turn_leases") == []
+
+
+# The window of a model
+
+
+async def test_the_oldest_turns_are_left_out_and_the_answer_says_so(migrated: Database) -> None:
+    conversations = Conversations(migrated, counter=TokenCounter())
+    for number in range(6):
+        await say(conversations, migrated, f"{number} " + "word " * 300, conversation_id="x")
+    asked = request("now", conversation_id="x", max_tokens=100)
+    talk = await conversations.open(ANN, asked, None)
+    assert talk is not None
+    await conversations.fit(talk, asked, Model("m", [], window=2000))
+    sent = conversations.prepare(asked, talk)
+    assert 0 < talk.omitted_turns < 6
+    assert sent.messages[0]["content"].startswith(f"{talk.omitted_turns} word")
+    await save(migrated, talk, YES)
+    assert await rows(migrated, "SELECT seq, omitted_turns FROM messages WHERE omitted_turns > 0") == [
+        (14, talk.omitted_turns)
+    ]
+
+
+# Without content
+
+
+async def test_what_is_said_can_be_kept_from_the_database(migrated: Database) -> None:
+    conversations = Conversations(migrated, store_content=False)
+    for _ in range(2):
+        await say(conversations, migrated, {"role": "system", "content": "s"}, "one", conversation_id="x", name="n")
+    await say(conversations, migrated, "one", YES, "two")
+    assert await rows(migrated, "SELECT DISTINCT content, extra, chain FROM messages") == [("null", None, None)]
+    assert await rows(migrated, "SELECT message_count, title FROM conversations ORDER BY message_count") == [
+        (4, None), (6, None)
+    ]  # fmt: skip
+    _, sent = await one_turn(Conversations(migrated), migrated, request("next", conversation_id="x"), None)
+    assert [message["content"] for message in sent.messages] == ["next"]

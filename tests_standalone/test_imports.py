@@ -18,16 +18,26 @@ PACKAGE = "gateway"
 
 BACKENDS = ("backends.base",)
 HTTP = ("backends.base", "backends.http", "backends.floats", "backends.adapt")
-DIALECTS = ("api.common",)
+DIALECTS = ("api.common", "api.own_body", "api.shapes")
 NOUNS = (
-    *("store.conversations", "store.files", "store.keys", "store.limits", "store.sessions", "store.text"),
-    "store.usage",
+    *(
+        "store.conversation_edits",
+        "store.conversation_reads",
+        "store.conversations",
+        "store.files",
+        "store.keys",
+        "store.limits",
+        "store.sessions",
+        "store.stored",
+    ),
+    *("store.turn_leases", "store.chores", "store.purge", "store.text", "store.usage", "store.user_deletions"),
 )
 CORE = (
     *("addresses", "admission", "allowances", "attachments", "auth", "call", "caller", "catalog", "conversations"),
     *("drain", "estimates", "health", "ids", "key_rules", "key_watch", "known_keys", "ledger", "limits"),
     *("limits_memory", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "pulse", "relay"),
-    *("rounds", "slices", "tickets", "tokens", "wrong_keys"),
+    *("rounds", "slices", "tickets", "stored", "tokens", "wrong_keys"),
+    *("purge", "talks", "threads", "turn_leases", "user_deletion", "window"),
 )
 WEB = ("middleware", "responses")
 WIRE = ("wire", "wire.*")
@@ -58,6 +68,10 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "store.limits*": ("errors", "ids", "limits", "store.database", "store.keys", "store.limits_*", *WIRE),
     "store.connect": ("store.database", "store.postgres", "store.sqlite"),
     "store.migrate": ("errors", "store.database"),
+    "store.user_deletions": ("ids", "store.chores", "store.database", "store.keys", "store.purge"),
+    "store.conversations": ("store.database", "store.turn_leases"),
+    "store.sessions": ("store.conversation_reads", "store.database"),
+    "store.conversation_edits": ("store.conversation_reads", "store.database", "store.sessions"),
     "store.*": ("errors", "store.database", "store.text", *WIRE),
     "backends.base": ("errors", *WIRE),
     "backends.transport": ("errors",),

@@ -15,8 +15,10 @@ from gateway import ledger as ledgers
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ledger import SESSION_IDLE_MS, Ledger, Turn
 from gateway.limits import Settlement
+from gateway.store import turn_leases
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database, Step
+from gateway.store.turn_leases import Lease
 from gateway.store.usage import UsageRow
 from tests_standalone.conftest import NOON, Unsteady, eventually, opened, rows, settle, usage_row
 
@@ -333,6 +335,16 @@ async def test_a_conversation_joins_the_session_unless_its_user_was_idle(
     assert counts == {1: [2], 2: [1, 1]}[sessions]
 
 
+async def test_how_long_a_user_may_be_silent_is_configured(migrated: Database) -> None:
+    ledger = Ledger(migrated, session_idle_ms=1000)
+    ledger.start()
+    for at in (NOON, NOON + 1000, NOON + 2001):
+        await ledger.record(turn(talk(f"at-{at}", at=at)))
+    await ledger.aclose()
+    counts = [row[0] for row in await rows(migrated, f"{SESSIONS} ORDER BY created_at")]
+    assert counts == [2, 1]
+
+
 async def test_users_have_sessions_of_their_own(ledger: Ledger, migrated: Database) -> None:
     await asyncio.gather(*(ledger.record(turn(talk(user_id=user))) for user in ("ann", "bob", "ann")))
     found = await rows(migrated, "SELECT user_id, conversation_count, total_tokens FROM sessions ORDER BY user_id")
@@ -596,3 +608,112 @@ async def test_a_turn_that_the_database_rejects_is_refused(unsteady: Unsteady) -
     assert (good, type(bad)) == (None, NotRecorded)
     assert sorted(map(str, told.words)) == ["2", "recorded", "refused"]
     await ledger.aclose()
+
+
+# Turns that have seen what they go on from
+
+
+async def begun(ledger: Ledger, **changes: Any) -> ConversationTurn:
+    """ann's conversation `chat`, with a question and an answer."""
+    first = talk(title="Hello", **changes)
+    await ledger.record(turn(first))
+    return first
+
+
+def later(first: ConversationTurn, **changes: Any) -> ConversationTurn:
+    """A turn that has seen both."""
+    values: dict[str, Any] = {
+        "pk": first.pk, "is_new": False, "is_named": False, "session_id": first.session_id, "after": 2,
+        "title": "Hello",
+    }  # fmt: skip
+    return talk(first.id, **values | changes)
+
+
+BRANCHES = """
+    SELECT id, parent_id, parent_pk, parent_seq, message_count, total_tokens_output, title
+    FROM conversations WHERE parent_id IS NOT NULL"""
+
+
+async def test_who_comes_too_late_gets_a_branch(ledger: Ledger, migrated: Database) -> None:
+    first = await begun(ledger)
+    await ledger.record(turn(later(first)))
+    late = Turn(
+        [usage_row(attempt=1, conversation_id="chat"), usage_row(attempt=2, conversation_id="chat")], later(first)
+    )
+    await ledger.record(late)
+
+    assert late.conversation is not None
+    name = late.conversation.id
+    assert name.startswith("conv_")
+    assert await rows(migrated, BRANCHES) == [(name, "chat", first.pk, 2, 4, 5, "Hello")]
+    assert await rows(migrated, "SELECT message_count, total_tokens_output FROM conversations WHERE id = 'chat'") == [
+        (4, 10)
+    ]
+    counts = "SELECT conversation_pk, MIN(seq), MAX(seq), COUNT(*) FROM messages GROUP BY conversation_pk ORDER BY 4"
+    assert await rows(migrated, counts) == [(late.conversation.pk, 3, 4, 2), (first.pk, 1, 4, 4)]
+    used = "SELECT COUNT(*) FROM usage_rows WHERE conversation_id = $1"
+    assert await rows(migrated, used, name) == [(2,)]
+    assert await rows(migrated, SESSIONS) == [(2, 15, 3000)]
+
+
+async def test_those_in_one_batch_do_not_mix(ledger: Ledger, unsteady: Unsteady, migrated: Database) -> None:
+    first = await begun(ledger)
+    turns = [turn(later(first)) for _ in range(8)]
+    await asyncio.gather(*await held(ledger, unsteady, *turns))
+    assert len(await rows(migrated, BRANCHES)) == 7
+    counts = "SELECT COUNT(*) FROM messages GROUP BY conversation_pk ORDER BY 1"
+    assert await rows(migrated, counts) == [(2,)] * 7 + [(4,)]
+    assert await usage_ids(migrated) >= ids(*turns)
+    assert await rows(migrated, "SELECT SUM(conversation_count), SUM(total_tokens) FROM sessions") == [(8, 45)]
+
+
+async def test_a_name_that_was_taken_meanwhile_is_left_alone(ledger: Ledger, migrated: Database) -> None:
+    await begun(ledger)
+    late = turn(talk(after=0, is_named=False))
+    await ledger.record(late)
+    assert late.conversation is not None
+    assert await rows(migrated, BRANCHES) == [(late.conversation.id, "chat", None, 0, 2, 5, None)]
+    assert await rows(migrated, "SELECT message_count FROM conversations WHERE id = 'chat'") == [(2,)]
+
+
+async def test_one_whose_answer_was_lost_is_no_branch(ledger: Ledger, unsteady: Unsteady, migrated: Database) -> None:
+    first = await begun(ledger)
+    unsteady.lose_answers = 1
+    found = turn(later(first))
+    await ledger.record(found)
+    assert found.conversation is not None
+    assert found.conversation.id == "chat"
+    assert await rows(migrated, BRANCHES) == []
+    assert await rows(migrated, TOTALS) == [(4, 20, 10, 2000)]
+
+
+async def test_a_branch_that_meets_an_outage_is_written_once(
+    ledger: Ledger, unsteady: Unsteady, migrated: Database
+) -> None:
+    first = await begun(ledger)
+    await ledger.record(turn(later(first)))
+    unsteady.lose_answers = 1
+    late = turn(later(first))
+    await ledger.record(late)
+    assert len(await rows(migrated, BRANCHES)) == 1
+    assert await rows(migrated, "SELECT COUNT(*) FROM messages") == [(6,)]
+
+
+async def test_a_lease_ends_with_its_turn(ledger: Ledger, migrated: Database) -> None:
+    leases = [Lease("ann", name, f"h_{name}") for name in "ab"]
+    assert len(await turn_leases.take(migrated, leases)) == 2
+    await ledger.record(turn(talk("a", lease=leases[0])))
+    assert await rows(migrated, "SELECT holder FROM turn_leases") == [("h_b",)]
+    first = await begun(ledger)
+    await ledger.record(turn(later(first)))
+    await ledger.record(turn(later(first, lease=leases[1])))
+    assert await rows(migrated, "SELECT holder FROM turn_leases") == []
+
+
+async def test_a_turn_that_fails_keeps_its_lease(ledger: Ledger, migrated: Database) -> None:
+    """It runs out, or its call gives it back."""
+    lease = Lease("ann", "a", "h")
+    await turn_leases.take(migrated, [lease])
+    with pytest.raises(NotRecorded):
+        await ledger.record(turn(talk("a", lease=lease), model=None))
+    assert await rows(migrated, "SELECT holder FROM turn_leases") == [("h",)]

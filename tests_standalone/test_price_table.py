@@ -117,6 +117,15 @@ class TestVendors:
     def test_fallbacks_go_one_step(self, vendor: str | None, model: str, price: int | None) -> None:
         assert found(self.TABLE, model, vendor) == price
 
+    def test_the_window_is_that_of_the_model_or_of_whose_it_is(self) -> None:
+        vendors = table(
+            {"equals": ["a"], "context_window": 5}, {"equals": ["b"]}, other={"models": [], "fallbacks": ["acme"]}
+        )
+        assert vendors.context_window("acme", "A") == vendors.context_window("other", "a") == 5
+        assert vendors.context_window("acme", "b") is None
+        assert vendors.context_window("acme", "c") is None
+        assert vendors.context_window(None, "a") is None
+
     def test_what_the_file_says_about_itself(self) -> None:
         assert (self.TABLE.made_on, self.TABLE.source) == ("2026-01-31", "made up 1.0")
 

@@ -175,6 +175,8 @@ class Rig:
         body = {"model": model.name, "messages": [{"role": "user", "content": "12characters"}], **fields}
         request = ChatRequest.parse(json.dumps(body).encode())
         caller = Caller("ann", "key_1")
+        if self.talk is not None:
+            self.talk.close()
         self.talk = await self.conversations.open(caller, request, None) if keep else None
         sent = self.conversations.prepare(request, self.talk)
         return Job("req_1", caller, "kid", model, sent, self.talk, request.wants_usage, at=NOON)

@@ -11,14 +11,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
-from urllib.parse import parse_qsl
 
 from starlette.routing import BaseRoute, Route
 
 from gateway.api.common import identify, read_json_body, services
+from gateway.api.own_body import bad_request, iso_time, limit_reader, list_of, name_reader, read_query
 from gateway.auth import Caller, digest, new_key
 from gateway.errors import BadRequest, NotFound, PermissionDenied, Unauthenticated
 from gateway.key_rules import Mistake, UnknownField, changed, did_you_mean, more_than, new_stored_key, read, usd_text
@@ -30,6 +29,7 @@ from gateway.wire.jsontext import dumps
 
 _LISTED = 100
 _MOST_LISTED = 1000
+_LIST = {"limit": limit_reader(_MOST_LISTED), "after": name_reader, "user": name_reader}
 _LONGEST_OVERLAP = 30 * 24 * 60 * 60
 _READ_ONLY = frozenset({"id", "object", "key", "hint", "created_at", "created_by", "revoked_at"})
 
@@ -39,14 +39,13 @@ class ListKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         (await identify(scope)).check_admin()
-        limit, after, user = _page(scope.get("query_string", b""))
+        query = read_query(scope, _LIST)
+        limit, after = query.get("limit", _LISTED), query.get("after")
         database = services(scope).database
         if after is not None and await keys.by_id(database, after) is None:
             raise BadRequest("There is no key with this id to begin after.", param="after", code="invalid_value")
-        found = await keys.listed(database, limit=limit + 1, after=after, user_id=user)
-        data = [_shown(key) for key in found[:limit]]
-        ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-        await send_json(send, 200, dumps({"object": "list", "data": data, **ends, "has_more": len(found) > limit}))
+        found = await keys.listed(database, limit=limit + 1, after=after, user_id=query.get("user"))
+        await send_json(send, 200, list_of([_shown(key) for key in found], limit))
 
 
 class MakeKey:
@@ -182,48 +181,24 @@ def _fields(said: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return read(said)
     except Mistake as mistake:
-        raise _bad_request(mistake) from None
+        raise bad_request(mistake) from None
 
 
 def _changed(key: StoredKey, fields: Mapping[str, Any]) -> StoredKey:
     try:
         return changed(key, fields)
     except Mistake as mistake:
-        raise _bad_request(mistake) from None
-
-
-def _bad_request(mistake: Mistake) -> BadRequest:
-    name = mistake.field[:64]
-    code = "unknown_parameter" if isinstance(mistake, UnknownField) else "invalid_value"
-    return BadRequest(f"'{name}' {mistake.what}{'' if mistake.what.endswith('?') else '.'}", param=name, code=code)
+        raise bad_request(mistake) from None
 
 
 def _overlap(said: Mapping[str, Any]) -> int:
     unknown = next((name for name in said if name != "overlap_seconds"), None)
     if unknown is not None:
-        raise _bad_request(UnknownField(unknown, did_you_mean(unknown, ["overlap_seconds"])))
+        raise bad_request(UnknownField(unknown, did_you_mean(unknown, ["overlap_seconds"])))
     overlap = said.get("overlap_seconds", 0)
     if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap <= _LONGEST_OVERLAP:
-        raise _bad_request(Mistake("overlap_seconds", f"must be a whole number, 0 to {_LONGEST_OVERLAP:,}"))
+        raise bad_request(Mistake("overlap_seconds", f"must be a whole number, 0 to {_LONGEST_OVERLAP:,}"))
     return overlap
-
-
-def _page(query: bytes) -> tuple[int, str | None, str | None]:
-    """limit, after, user. Each once, and nothing else."""
-    said: dict[str, str] = {}
-    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name not in ("limit", "after", "user"):
-            raise _bad_request(UnknownField(name, did_you_mean(name, ["limit", "after", "user"])))
-        if name in said:
-            raise _bad_request(Mistake(name, "is there twice"))
-        said[name] = value
-    limit = said.get("limit", str(_LISTED))
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= _MOST_LISTED):
-        raise _bad_request(Mistake("limit", f"must be 1 to {_MOST_LISTED:,}"))
-    for name in ("after", "user"):
-        if name in said and not (said[name] and said[name].isprintable()):
-            raise _bad_request(Mistake(name, "must be printable characters"))
-    return int(limit), said.get("after"), said.get("user")
 
 
 def _shown(key: StoredKey) -> dict[str, Any]:
@@ -244,15 +219,8 @@ def _shown(key: StoredKey) -> dict[str, Any]:
         "budget_period": key.budget_period,
         "per_end_user": key.per_end_user,
         "labels": dict(key.labels),
-        "expires_at": _time(key.expires_at),
-        "created_at": _time(key.created_at),
+        "expires_at": iso_time(key.expires_at),
+        "created_at": iso_time(key.created_at),
         "created_by": key.created_by,
-        "revoked_at": _time(key.revoked_at),
+        "revoked_at": iso_time(key.revoked_at),
     }
-
-
-def _time(milliseconds: int | None) -> str | None:
-    if milliseconds is None:
-        return None
-    found = datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
-    return found.replace("+00:00", "Z")

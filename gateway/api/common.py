@@ -113,6 +113,8 @@ def call_headers(call: Call[Any]) -> list[Header]:
         found.append((b"x-gateway-backend", header_value(call.route.backend.name)))
     if call.conversation_id is not None:
         found.append((b"x-conversation-id", call.conversation_id.encode()))
+    if call.job.talk is not None and call.job.talk.omitted_turns:
+        found.append((b"x-gateway-omitted-turns", b"%d" % call.job.talk.omitted_turns))
     found += call.ticket.headers
     return found
 

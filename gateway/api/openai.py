@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.routing import BaseRoute, Route
 
+from gateway import stored
 from gateway.api.common import (
     Services,
     call_headers,
@@ -22,8 +23,9 @@ from gateway.api.common import (
 from gateway.auth import Caller
 from gateway.backends.base import ModelInfo
 from gateway.call import Job
-from gateway.conversations import Talk
+from gateway.conversations import given_id
 from gateway.errors import BadRequest, ModelNotFound
+from gateway.middleware import header
 from gateway.relay import Exchange, StreamExchange
 from gateway.responses import (
     EVENT_STREAM,
@@ -37,8 +39,11 @@ from gateway.responses import (
     send_json,
     way_out,
 )
+from gateway.talks import Talk
 from gateway.wire.chat import ChatRequest, CompletionRequest, text_of
 from gateway.wire.jsontext import dumps
+
+_GROUP_HEADERS = (b"x-openwebui-chat-id", b"chatui-conversation-id")
 
 
 class ChatCompletions:
@@ -52,6 +57,14 @@ class ChatCompletions:
         found.relay.ledger.check()
         request = self.request_type.parse(await read_json_body(scope, receive))
         job = await self._job(scope, found, caller, request, started)
+        try:
+            await self._answer(job, found, scope, receive, send)
+        finally:
+            if job.talk is not None:
+                await job.talk.aclose()
+
+    async def _answer(self, job: Job[ChatRequest], found: Services, scope: Scope, receive: Receive, send: Send) -> None:
+        request = job.request
         exchange = StreamExchange(found.relay, job) if request.stream else Exchange(found.relay, job)
         try:
             if isinstance(exchange, StreamExchange):
@@ -83,14 +96,24 @@ class ChatCompletions:
         model = await find_model(scope, caller, request.model)
         check_refused(found, caller, model, request.data)
         _check_policy(found, request)
+        keep = stored.wanted(request, scope["state"]["request_id"], allowed=found.settings.conversations.store_content)
         named = end_user(scope, request.data)
-        talk = await self._talk(found, caller, request, named)
-        outgoing = self._prepared(found, request, talk)
+        talk = await self._talk(scope, found, caller, request, named)
+        try:
+            await found.conversations.fit(talk, request, model)
+            outgoing = self._prepared(found, request if keep is None else stored.for_upstream(request), talk)
+        except BaseException:
+            if talk is not None:
+                await talk.aclose()
+            raise
         request_id = scope["state"]["request_id"]
-        return Job(request_id, caller, named, model, outgoing, talk, request.wants_usage, started=started)
+        return Job(request_id, caller, named, model, outgoing, talk, request.wants_usage, keep=keep, started=started)
 
-    async def _talk(self, found: Services, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk | None:
-        return await found.conversations.open(caller, request, end_user)
+    async def _talk(
+        self, scope: Scope, found: Services, caller: Caller, request: ChatRequest, end_user: str | None
+    ) -> Talk | None:
+        group = _group(scope, found.settings.conversations.header)
+        return await found.conversations.open(caller, request, end_user, group)
 
     def _prepared(self, found: Services, request: ChatRequest, talk: Talk | None) -> ChatRequest:
         return found.conversations.prepare(request, talk)
@@ -101,7 +124,9 @@ class Completions(ChatCompletions):
 
     request_type = CompletionRequest
 
-    async def _talk(self, found: Services, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk | None:
+    async def _talk(
+        self, scope: Scope, found: Services, caller: Caller, request: ChatRequest, end_user: str | None
+    ) -> Talk | None:
         return None
 
     def _prepared(self, found: Services, request: ChatRequest, talk: Talk | None) -> ChatRequest:
@@ -158,6 +183,26 @@ def _check_policy(found: Services, request: ChatRequest) -> None:
                 param="messages",
                 code="string_above_max_length",
             )
+
+
+def _group(scope: Scope, extra: str | None) -> str | None:
+    """The conversation that a header names (contract, section 5, rule 2). A frontend's own word for a chat that it does
+    not keep may be anything, and is none."""
+    told = header(scope, b"x-conversation-id")
+    if told:
+        named = given_id(told.decode("latin-1"))
+        if named is None:
+            raise BadRequest(
+                "'X-Conversation-Id' must be 1 to 128 letters, digits, '-' or '_'.",
+                param="x-conversation-id",
+                code="invalid_value",
+            )
+        return named
+    for name in _GROUP_HEADERS if extra is None else (*_GROUP_HEADERS, extra.lower().encode()):
+        told = header(scope, name)
+        if told and (named := given_id(told.decode("latin-1"))) is not None:
+            return named
+    return None
 
 
 def _may_see(caller: Caller, name: str) -> bool:

@@ -24,7 +24,7 @@ from gateway.call import Job
 from gateway.errors import BadRequest, UnsupportedMediaType
 from gateway.middleware import header
 from gateway.operations import OperationExchange
-from gateway.responses import JSON_TYPE, NO_STORE, STREAM_HEADERS, Header, Receive, Scope, Send, StreamResponse
+from gateway.responses import JSON_TYPE, NO_STORE, STREAM_HEADERS, VARY, Header, Receive, Scope, Send, StreamResponse
 from gateway.wire.operation import EMBEDDINGS, MODERATIONS, SPEECH, OperationRequest
 
 _FORMS = frozenset({"images/edits", "images/variations", "audio/transcriptions", "audio/translations"})
@@ -95,7 +95,7 @@ def routes() -> list[BaseRoute]:
 def _headers(exchange: OperationExchange) -> list[Header]:
     if exchange.length is not None:
         length = (b"content-length", b"%d" % exchange.length)
-        return [JSON_TYPE, length, NO_STORE, *call_headers(exchange), *cost_header(exchange.cost)]
+        return [JSON_TYPE, length, NO_STORE, VARY, *call_headers(exchange), *cost_header(exchange.cost)]
     kind = (b"content-type", exchange.content_type.encode("latin-1", "replace"))
     return [kind, *STREAM_HEADERS, *call_headers(exchange)]
 

@@ -82,6 +82,7 @@ def _parser() -> _Parser:
     usage.set_defaults(module="usage")
 
     _add_keys(commands, common)
+    _add_users(commands, common)
     return parser
 
 
@@ -110,6 +111,17 @@ def _add_keys(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
     revoke = actions.add_parser("revoke", parents=[common], help="end a key")
     revoke.add_argument("id", metavar="ID", help="as `keys list` shows it")
     revoke.set_defaults(module="keys", action="revoke")
+
+
+def _add_users(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+    users = commands.add_parser("users", help="list users, or delete one with all that is theirs")
+    actions = users.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", parents=[common], help="who has a key or has made a call")
+    listing.set_defaults(module="users", action="list")
+    delete = actions.add_parser("delete", parents=[common], help="keys and content go; costs stay without the name")
+    delete.add_argument("user", metavar="USER", help="as `users list` shows it")
+    delete.add_argument("--yes", action="store_true", help="it is meant; nothing can be brought back")
+    delete.set_defaults(module="users", action="delete")
 
 
 def _add_fields(command: _Parser, count: Callable[[str], int | str]) -> None:

@@ -46,6 +46,7 @@ _LISTED = f"""
     WHERE (CAST($1 AS TEXT) IS NULL OR user_id = $1)
         AND (CAST($2 AS TEXT) IS NULL OR (created_at, id) > (SELECT created_at, id FROM api_keys WHERE id = $2))
     ORDER BY created_at, id LIMIT $3"""
+_REMOVE_ENDED = "DELETE FROM api_keys WHERE user_id = $1 AND created_at <= $2 AND revoked_at IS NOT NULL"
 _ALL = 2**62
 
 
@@ -101,10 +102,10 @@ class StoredKey:
 
 
 class Changes:
-    """Keys as they stand while nobody else changes any."""
+    """Keys as they stand while nobody else changes any. `transaction`: for what is to be done together with it."""
 
     def __init__(self, transaction: Transaction) -> None:
-        self._transaction = transaction
+        self.transaction = self._transaction = transaction
 
     async def find(self, key_id: str) -> StoredKey:
         """Raises NotFound, which undoes all."""
@@ -112,6 +113,14 @@ class Changes:
         if found is None:
             raise NotFound("There is no key with this id.", param="id")
         return found
+
+    async def of(self, user_id: str) -> list[StoredKey]:
+        """All of a user's, revoked ones too."""
+        return [_key(row) for row in await self._transaction.fetch(_LISTED, user_id, None, _ALL)]
+
+    async def remove_ended(self, user_id: str, made_until: int) -> None:
+        """Those of a user that are revoked. Of a key that is only revoked, the row stays."""
+        await self._transaction.execute(_REMOVE_ENDED, user_id, made_until)
 
     async def put(self, key: StoredKey) -> None:
         """The key with this id becomes what is given."""

@@ -1,7 +1,7 @@
 """A batch of finished turns as one PostgreSQL statement: one round trip, one implicit transaction, one plan.
 
-`as_one` knows the steps of `usage`, `conversations`, `sessions` and `limits` by their SQL and says the same in CTEs
-that change data. What differs from running them one after the other:
+`as_one` knows the usual steps of `usage`, `conversations`, `sessions`, `limits` and `turn_leases` by their SQL and says
+the same in CTEs that change data. What differs from running them one after the other:
 
 - All parts see the tables as they were before, so a message learns its conversation's `pk` and `message_count` from
   what the other part returns.
@@ -28,7 +28,7 @@ from itertools import chain
 
 import orjson
 
-from gateway.store import conversations, limits, sessions, usage
+from gateway.store import conversations, limits, sessions, turn_leases, usage
 from gateway.store.database import RowRejected, Step, Value
 
 _MANY = -1
@@ -71,14 +71,27 @@ _PARTS = (
         1,
     ),
     _Part("by_owner", conversations.INSERT_BY_OWNER, (*_MESSAGE, "user_id", "conversation_id"), 4),
+    _Part(
+        "alone",
+        conversations.CREATE_ALONE,
+        (
+            *("pk", "id", "user_id", "key_id", "end_user", "session_id", "at", *_TOTALS, "title"),
+            *("parent_id", "parent_pk", "parent_seq"),
+        ),
+        1,
+    ),
     _Part("added", conversations.ADD_TO, ("pk", *_TOTALS, "at"), 1),
     _Part("by_pk", conversations.INSERT_BY_PK, (*_MESSAGE, "conversation_pk"), 4),
+    _Part("placed", conversations.INSERT_AT, (_MESSAGE[0], "seq", *_MESSAGE[2:], "conversation_pk"), 4),
     _Part("totals", sessions.ADD, ("id", "conversations", "tokens", "cost_nanousd", "at"), 1),
     _Part("named", sessions.COUNT_NAMED, ("session_id", "pk"), 1),
     _Part("settlements", limits.INSERT, limits.COLUMNS, 3),
+    _Part("ended", turn_leases.RELEASE, ("user_id", "conversation_id", "holder"), 1),
 )
 _PLACES = {part.sql: place for place, part in enumerate(_PARTS)}
-_NUMBERS = {*usage.NUMBERS, *limits.NUMBERS, *_TOTALS, "at", "behind", "tokens", "conversations"}
+_NUMBERS = {
+    *(*usage.NUMBERS, *limits.NUMBERS, *_TOTALS, "at", "behind", "seq", "parent_seq", "tokens", "conversations"),
+}
 
 
 def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
@@ -101,14 +114,16 @@ def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
 
 
 def _one_conversation(shape: Sequence[int]) -> bool:
-    _, made, _, added, *_ = shape
-    return made + added < 2
+    _, made, _, alone, added, *_ = shape
+    return made + alone + added < 2
 
 
 def _complete(work: Sequence[Step], shape: Sequence[int]) -> bool:
     """Whether each part that reads what another returns finds that one in the batch."""
-    _, made, by_owner, added, by_pk, totals, named, _ = shape
-    if (by_owner and not made) or (by_pk and not added) or (named and not (made and totals)):
+    _, made, by_owner, alone, added, by_pk, placed, totals, named, *_ = shape
+    if (by_owner and not made) or (by_pk and not added) or (placed and not (alone or added)):
+        return False
+    if named and not (made and totals):
         return False
     if not named:
         return True
@@ -138,7 +153,7 @@ def _statement(shape: Sequence[int]) -> str:
             place += 1 if count == _MANY else count * len(part.columns)
     ordered = _MANY in shape
     parts = [*_usage(sources), *_conversations(sources, ordered), *_messages(sources), *_sessions(sources, ordered)]
-    parts += _settlements(sources)
+    parts += [*_settlements(sources), *_ended(sources, ordered)]
     return f"WITH {', '.join(parts)} {_reading(sources)}"
 
 
@@ -165,6 +180,15 @@ def _conversations(sources: Mapping[str, str], ordered: bool) -> list[str]:
                 total_tokens_output = c.total_tokens_output + excluded.total_tokens_output,
                 total_cost_nanousd = c.total_cost_nanousd + excluded.total_cost_nanousd
             RETURNING c.pk, c.user_id, c.id, c.message_count)""")
+    if "alone" in sources:
+        parts.append(f"""alone AS (
+            INSERT INTO conversations (pk, id, user_id, key_id, end_user, session_id, created_at, last_used,
+                message_count, total_tokens_input, total_tokens_output, total_cost_nanousd, title, parent_id, parent_pk,
+                parent_seq)
+            SELECT pk, id, user_id, key_id, end_user, session_id, at, at, messages, tokens_input, tokens_output,
+                cost_nanousd, title, parent_id, parent_pk, parent_seq
+            FROM {sources["alone"]}
+            RETURNING pk)""")
     if "added" in sources:
         source = f"known AS MATERIALIZED (SELECT v.* FROM {sources['added']})"
         held = """held_conversations AS (
@@ -182,18 +206,20 @@ def _conversations(sources: Mapping[str, str], ordered: bool) -> list[str]:
 
 
 def _messages(sources: Mapping[str, str]) -> list[str]:
+    there = " UNION ALL ".join(f"SELECT pk FROM {name}" for name in ("alone", "added") if name in sources)
     joins = {
-        "by_owner": "made c ON c.user_id = v.user_id AND c.id = v.conversation_id",
-        "by_pk": "added c ON c.pk = v.conversation_pk",
+        "by_owner": ("c.message_count - v.behind", "made c ON c.user_id = v.user_id AND c.id = v.conversation_id"),
+        "by_pk": ("c.message_count - v.behind", "added c ON c.pk = v.conversation_pk"),
+        "placed": ("v.seq", f"({there}) AS c ON c.pk = v.conversation_pk"),
     }
     return [
         f"""{name} AS (
             INSERT INTO messages (id, conversation_pk, seq, role, content, extra, chain, tokens, cost_nanousd, model,
                 finish_reason, created_at)
-            SELECT v.id, c.pk, c.message_count - v.behind, v.role, v.content, v.extra, v.chain, v.tokens,
+            SELECT v.id, c.pk, {seq}, v.role, v.content, v.extra, v.chain, v.tokens,
                 v.cost_nanousd, v.model, v.finish_reason, v.at
             FROM {sources[name]} JOIN {joined})"""
-        for name, joined in joins.items()
+        for name, (seq, joined) in joins.items()
         if name in sources
     ]
 
@@ -229,6 +255,20 @@ def _settlements(sources: Mapping[str, str]) -> list[str]:
     return [
         f"settlements AS (INSERT INTO limit_settlements ({columns}) SELECT {columns} FROM {sources['settlements']})"
     ]
+
+
+def _ended(sources: Mapping[str, str], ordered: bool) -> list[str]:
+    if "ended" not in sources:
+        return []
+    held = f"""held_leases AS (
+            SELECT v.* FROM {sources["ended"]}, LATERAL (
+                SELECT FROM turn_leases WHERE user_id = v.user_id AND conversation_id = v.conversation_id
+                    AND holder = v.holder FOR UPDATE) AS held)"""
+    ended = f"""ended AS (
+            DELETE FROM turn_leases t USING {"held_leases v" if ordered else sources["ended"]}
+            WHERE t.user_id = ANY (ARRAY[v.user_id]) AND t.conversation_id = ANY (ARRAY[v.conversation_id])
+                AND t.holder = v.holder)"""
+    return [held, ended] if ordered else [ended]
 
 
 def _reading(sources: Mapping[str, str]) -> str:

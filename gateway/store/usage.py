@@ -1,4 +1,4 @@
-"""Usage rows: one for each call to an upstream, written once, never changed."""
+"""Usage rows: one for each call to an upstream, written once, never changed but for a user who is deleted."""
 
 from __future__ import annotations
 

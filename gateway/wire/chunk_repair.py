@@ -56,13 +56,15 @@ class _Choice:
 
 
 class ChunkRepair:
-    """Give it the chunks of one stream in their order. `model` and `at` (Unix seconds) name one that has no name."""
+    """Give it the chunks of one stream in their order. `model` and `at` (Unix seconds) name one that has no name; `id`,
+    if given, is what all of them are called instead of what the upstream calls them."""
 
-    def __init__(self, operation: str = CHAT, *, model: str = "", at: int = 0) -> None:
+    def __init__(self, operation: str = CHAT, *, model: str = "", at: int = 0, id: str = "") -> None:
         self._chat = operation == CHAT
         self._about = (operation, model, at)
+        self._id = id
         self._own_name: Json | None = None
-        self._told_name: Json = {}
+        self._told_name: Json = {"id": id} if id else {}
         self._choices: dict[int, _Choice] = {}
 
     @property
@@ -78,6 +80,8 @@ class ChunkRepair:
 
     def named(self, data: Json) -> Json:
         """The chunk with its name and a `service_tier` of OpenAI's; the same object if it has them."""
+        if self._id and data.get("id") != self._id:
+            data = {**data, "id": self._id}
         if repair.is_named(data):
             if len(self._told_name) < len(_TOLD):
                 self._told_name = {key: data[key] for key in _TOLD} | self._told_name
@@ -96,7 +100,7 @@ class ChunkRepair:
         """
         told: list[Any] = data["choices"]
         if len(told) == 1 and self._takes_as_it_is(told[0]):
-            named = len(self._told_name) == len(_TOLD) and repair.is_named(data)
+            named = len(self._told_name) == len(_TOLD) and not self._id and repair.is_named(data)
             return data if named else self.named(data)
         choices: list[Json] = []
         for place, choice in enumerate(told):

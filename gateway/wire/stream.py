@@ -24,6 +24,7 @@ from gateway.wire.failures import StreamedError, error_in
 from gateway.wire.jsontext import dumps, loads
 from gateway.wire.operation import CHAT
 from gateway.wire.template import MARK, Probe, Template, around_text
+from gateway.wire.whole import Whole
 
 __all__ = ["ChatStream", "StreamedError"]
 
@@ -42,11 +43,14 @@ _WORTH_IT = 8
 class ChatStream:
     """Feed it the upstream's chunks; it gives the bytes that may leave now and remembers what the record needs."""
 
-    def __init__(self, *, wants_usage: bool, operation: str = CHAT, model: str = "", at: int = 0) -> None:
+    def __init__(
+        self, *, wants_usage: bool, operation: str = CHAT, model: str = "", at: int = 0, id: str | None = None
+    ) -> None:
         """`operation`: chat/completions, or the older completions. `model` and `at` (Unix seconds) are for upstreams
-        that leave these out."""
+        that leave these out. `id`: the answer has this one instead of its upstream's, and `whole` gives all of it."""
         self._wants_usage = wants_usage
-        self._repair = ChunkRepair(operation, model=model, at=at)
+        self._repair = ChunkRepair(operation, model=model, at=at, id=id or "")
+        self._whole = Whole() if id else None
         self._template: Template | None = None
         self._probes = 0
         self._worth_it = 0
@@ -122,8 +126,9 @@ class ChatStream:
         if right is None:
             return
         self.answer.add(right["choices"])
+        tells_more = self._whole is not None and self._whole.add(right)
         ended = self._pass(chunk if right is data else Chunk(data=right), leaving)
-        if self._begun and not ended and self._held is None and self._probes < _MOST_PROBES:
+        if self._begun and not tells_more and not ended and self._held is None and self._probes < _MOST_PROBES:
             self._learn(chunk, usual=right is data)
         self._begun = True  # the first one tells the role: no other is like it
 
@@ -146,6 +151,8 @@ class ChatStream:
         self._usage_data, self.usage = usage, told
 
     def _hold_usage_chunk(self, chunk: Chunk) -> None:
+        if self._whole is not None:
+            self._whole.add_about(chunk.data)
         if self._wants_usage and isinstance(chunk.data.get("usage"), dict):
             right = self._repair.named(chunk.data)
             if not isinstance(right.get("choices"), list):
@@ -263,12 +270,21 @@ class ChatStream:
 
     def end(self, usage: Usage, cost: object, extra: Mapping[str, Any]) -> bytes:
         """The held chunk with usage, cost and `extra` members in it, then `[DONE]`."""
-        counted = {**usage.to_openai(), **(self._usage_data or {}), "cost": cost}
+        counted = self._counted(usage, cost)
         chunk = self._held or (self._made_up_chunk([]) if self._wants_usage else self._made_up_finish())
         leaving = [_with_last_words(chunk.raw, chunk.data, {"usage": counted, **extra}), sse.DONE]
         if self._wants_usage and not self.answer.finish_reasons:
             leaving.insert(0, self._made_up_finish().raw)
         return sse.encode(leaving)
+
+    def whole(self, usage: Usage, cost: object, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer as one object, as it would have been without a stream. For a stream with an `id`, at its end."""
+        assert self._whole is not None
+        last = {"usage": self._counted(usage, cost), **extra}
+        return self._whole.completion(self._repair.name, self.answer, self.assumed_finish_reason, last)
+
+    def _counted(self, usage: Usage, cost: object) -> dict[str, Any]:
+        return {**usage.to_openai(), **(self._usage_data or {}), "cost": cost}
 
     def _made_up_finish(self) -> Chunk:
         """For an upstream that never said why it ended."""

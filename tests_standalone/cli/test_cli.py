@@ -115,6 +115,8 @@ def test_version_and_help_import_nothing_that_takes_time(arguments: list[str]) -
     [
         "serve", "migrate", "check-config", "usage", "keys create", "keys update", "keys rotate", "keys list",
         "keys revoke",
+        "users list",
+        "users delete",
     ],
 )  # fmt: skip
 def test_every_command_explains_itself_and_takes_a_configuration(run: Run, command: str) -> None:
@@ -199,7 +201,23 @@ def test_an_id_that_would_break_a_line(run: Run) -> None:
         assert run("keys", *command, "key\n\x1b[31m").error.isprintable()
 
 
-@pytest.mark.parametrize("command", [["keys", "revoke", "\udcff"], ["usage", "--user", "\udcff"]])
+def test_a_user_is_deleted_only_if_it_is_meant(run: Run, tmp_path: Path) -> None:
+    run("keys", "create", "--user", "ann", "--name", "laptop")
+    run("keys", "create", "--user", "bob")
+    refused = run("users", "delete", "ann")
+    assert refused.code == 1
+    assert "say --yes" in refused.error
+    assert [line.split()[:2] for line in run("users", "list").out.splitlines()[1:]] == [["ann", "1"], ["bob", "1"]]
+    done = run("users", "delete", "ann", "--yes")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(r"ann is deleted; what it cost is listed under deleted-[0-9a-f]{12}\n", done.out)
+    assert [line.split()[0] for line in run("users", "list").out.splitlines()[1:]] == ["bob"]
+    assert "`gateway users list` shows them" in run("users", "delete", "nobody", "--yes").error
+
+
+@pytest.mark.parametrize(
+    "command", [["users", "delete", "\udcff", "--yes"], ["keys", "revoke", "\udcff"], ["usage", "--user", "\udcff"]]
+)
 def test_arguments_that_are_no_text(run: Run, command: list[str]) -> None:
     ended = run(*command)
     assert ended.code == 1

@@ -18,8 +18,8 @@ __all__ = ["database_urls", "postgres"]
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return sqlite_url(tmp_path)
-    url: str = request.getfixturevalue("postgres").create_database()
-    return url
+    urls: dict[str, str] = request.getfixturevalue("database_urls")
+    return urls["postgres"]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests_standalone.support.databases import in_processes
 
 ALL = [
     *("0001_initial", "0002_conversations", "0003_views", "0004_usage_image_tokens", "0005_keys_and_limits"),
-    *("0006_admit", "0007_slices"),
+    *("0006_admit", "0007_slices", "0008_threads", "0009_management", "0010_stored_completions", "0011_privacy"),
 ]
 
 

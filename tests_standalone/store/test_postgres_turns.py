@@ -15,27 +15,30 @@ from gateway.ledger import Ledger, Turn
 from gateway.limits import Settlement
 from gateway.store import conversations, sessions, usage
 from gateway.store.connect import database_at
-from gateway.store.conversations import ConversationTurn, StoredMessage
+from gateway.store.conversations import ConversationTurn, Parent, StoredMessage
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
 from gateway.store.limits import settlement_step
 from gateway.store.migrate import migrate
 from gateway.store.postgres import PostgresDatabase
 from gateway.store.postgres_turns import as_one
 from gateway.store.sessions import SessionTotals
+from gateway.store.turn_leases import Lease, release_step
 from gateway.store.usage import UsageRow
 from tests_standalone.conftest import NOON, rows, usage_row
 from tests_standalone.support.postgres import Postgres
 
 USERS = ("ann", "bob", "cleo")
+HOLD = "INSERT INTO turn_leases (user_id, conversation_id, holder, until) VALUES ($1, $2, $3, 0)"
 TABLES = {
     "usage_rows": "SELECT * FROM usage_rows ORDER BY id",
     "conversations": """
         SELECT pk, id, user_id, session_id, created_at, last_used, message_count, total_tokens_input,
-            total_tokens_output, total_cost_nanousd, title
+            total_tokens_output, total_cost_nanousd, title, parent_id, parent_pk, parent_seq
         FROM conversations ORDER BY pk""",
     "messages": "SELECT * FROM messages ORDER BY id",
     "sessions": "SELECT * FROM sessions ORDER BY id",
     "limit_settlements": "SELECT * FROM limit_settlements ORDER BY subject, id",
+    "turn_leases": "SELECT user_id, conversation_id, holder FROM turn_leases ORDER BY user_id, conversation_id",
 }  # fmt: skip
 
 
@@ -59,6 +62,9 @@ async def opened(stack: AsyncExitStack, url: str, **options: Any) -> Database:
     if not await database.fetch("SELECT 1 FROM sessions"):
         for user in USERS:
             await sessions.open_session(database, f"s_{user}", user, NOON)
+        await database.write(
+            [(HOLD, [(user, f"chat-{number}", f"h{number}") for user in USERS for number in range(4)])]
+        )
     return database
 
 
@@ -99,6 +105,7 @@ def steps(
         sessions.add_totals(totals.values()),
         sessions.count_named(named),
         settlement_step(settled),
+        release_step(turn.lease for turn in talks if turn.lease is not None),
     ]
 
 
@@ -151,6 +158,7 @@ class Story:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._made: list[ConversationTurn] = []
+        self._fences: list[tuple[ConversationTurn, list[int]]] = []
 
     def batch(self) -> list[Step]:
         size = self._random.choice((1, 1, 2, 3, 12))
@@ -164,7 +172,11 @@ class Story:
         if kind == 0:
             return None
         if kind < 4 and self._made:
-            return later(self._random.choice(self._made), *texts, at=at)
+            first = self._random.choice(self._made)
+            lease = Lease(first.user_id, first.id, f"h{kind}") if kind == 3 else None
+            return later(first, *texts, at=at, lease=lease)
+        if kind == 7:
+            return self._fenced(texts, at)
         user, number = self._random.choice(USERS), self._random.randrange(4)
         if kind == 4:
             turn = talk(secrets.token_hex(8), *texts, user=user, at=at, is_named=False, title="t", key_id="k")
@@ -172,6 +184,22 @@ class Story:
             turn = talk(f"chat-{number}", *texts, user=user, at=at, end_user="kid")
         if all((turn.user_id, turn.id) != (other.user_id, other.id) for other in self._made):
             self._made.append(turn)
+        return turn
+
+    def _fenced(self, texts: Sequence[str], at: int) -> ConversationTurn:
+        """One that has seen what it goes on from: nothing, a conversation that only such turns add to, or a parent."""
+        kind = self._random.randrange(3)
+        if kind == 0 and self._fences:
+            first, seen = self._random.choice(self._fences)
+            turn = later(first, *texts, at=at, after=sum(seen))
+            seen.append(len(texts))
+            return turn
+        turn = talk(secrets.token_hex(8), *texts, user=self._random.choice(USERS), at=at, is_named=False, after=0)
+        if kind == 1 and self._made:
+            first = self._random.choice(self._made)
+            turn.after, turn.parent = 5, Parent(first.id, first.pk, 5)
+        else:
+            self._fences.append((turn, [len(texts)]))
         return turn
 
 
@@ -378,7 +406,7 @@ async def test_ledgers_that_make_and_know_the_same_conversations(url: str, postg
 @pytest.mark.parametrize("count", [1, 2, 20])
 async def test_settlements_alone_and_with_turns_that_have_no_conversation(database: Database, count: int) -> None:
     settled = [ended(f"key:{number:02}", period=-number) for number in range(count)]
-    for work in (steps(settled=settled)[-1:], steps(*[None] * count, settled=settled)):
+    for work in (steps(settled=settled)[-2:], steps(*[None] * count, settled=settled)):
         assert one(work)
         await database.write(work)
     found = await rows(
@@ -418,7 +446,8 @@ async def test_what_the_ledger_writes_is_one_statement(database: Database, monke
         [settlement_step([ended()]), usage.insert([usage_row()])],
         [sessions.count_named([("s", "c")])],
         [conversations.save([talk("x", "a")])[1]],
-        [conversations.save([later(talk(), "a")])[3]],
+        [conversations.save([later(talk(), "a")])[4]],
+        [conversations.save([later(talk(), "a", after=0)])[5]],
     ],
     ids=[
         "of others",
@@ -429,6 +458,7 @@ async def test_what_the_ledger_writes_is_one_statement(database: Database, monke
         "no sessions",
         "no conversation",
         "none known",
+        "none known for a place",
     ],
 )
 def test_other_steps_are_left_alone(work: list[Step]) -> None:

@@ -33,9 +33,10 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture
-def database_urls(tmp_path: Path, postgres: Postgres) -> dict[str, str]:
+def database_urls(tmp_path: Path, postgres: Postgres) -> Iterator[dict[str, str]]:
     """One empty database per engine, as `{"sqlite": url, "postgres": url}`."""
-    return {"sqlite": sqlite_url(tmp_path), "postgres": postgres.create_database()}
+    with postgres.lent_database() as url:
+        yield {"sqlite": sqlite_url(tmp_path), "postgres": url}
 
 
 def sqlite_url(folder: Path) -> str:

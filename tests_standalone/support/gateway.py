@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -33,6 +32,8 @@ from typing import Any, Self
 
 import asyncpg
 import yaml
+
+from tests_standalone.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_SECONDS = 60
@@ -238,13 +239,6 @@ class GatewayProcess:
             return False
         finally:
             connection.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def clean_environment(home: Path) -> dict[str, str]:

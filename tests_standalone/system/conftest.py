@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests_standalone.support.databases import database_urls, postgres
+from tests_standalone.support.databases import database_urls, postgres, sqlite_url
 from tests_standalone.support.gateway import GatewayProcess
 from tests_standalone.support.upstream import ScriptedUpstream
 
@@ -34,8 +34,11 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def database_url(request: pytest.FixtureRequest, database_urls: dict[str, str]) -> str:
-    return database_urls[request.param]
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path)
+    urls: dict[str, str] = request.getfixturevalue("database_urls")
+    return urls["postgres"]
 
 
 @pytest.fixture

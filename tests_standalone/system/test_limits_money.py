@@ -133,7 +133,7 @@ async def test_a_budget_that_comes_late_knows_what_was_spent_before(gateway: Gat
 
 
 async def test_a_price_that_nobody_knows(upstream: ScriptedUpstream, start: Start, database_url: str) -> None:
-    gateway = await start(configured(upstream, database_url))
+    gateway = await start(configured(upstream, database_url, workers=2))
     key = await Key.made(gateway, budget="1")
     refused = await key.ask(chat("nobody-knows-its-price"))
     assert (refused.status, refused.json["error"]["code"]) == (403, "price_unknown")

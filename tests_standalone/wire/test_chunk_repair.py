@@ -357,6 +357,14 @@ class TestNames:
     def test_row_9_service_tier(self) -> None:
         assert repaired(BEGIN, NEXT | {"service_tier": "on_demand"})[1] == NEXT | {"service_tier": "default"}
 
+    def test_an_id_of_our_own_takes_the_place_of_theirs(self) -> None:
+        bare = {"choices": NEXT["choices"]}
+        assert repaired(BEGIN, NEXT, bare, NEXT | {"id": "another"}, id="ours") == [
+            BEGIN | {"id": "ours"},
+            *[NEXT | {"id": "ours"}] * 3,
+        ]
+        assert ChunkRepair(id="ours").named(NEXT | {"id": "ours"}) == NEXT | {"id": "ours"}
+
     def test_for_a_chunk_of_our_own(self) -> None:
         repair = ChunkRepair(model="m", at=7)
         repair.chunk(BEGIN | {"model": ""})

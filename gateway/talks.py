@@ -1,0 +1,193 @@
+"""A conversation while one turn runs on it, and what the turn adds to it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.caller import Caller
+from gateway.ids import ordered_hex, random_hex
+from gateway.store.conversations import ConversationTurn, Parent, StoredMessage
+from gateway.store.text import clean
+from gateway.store.turn_leases import Lease
+from gateway.threads import NOT_CHAINED, PARTIAL, PLAIN_ROLES, linked, partial
+from gateway.wire.chat import Message, text_of
+from gateway.wire.jsontext import dumps
+
+TITLE_LENGTH = 80
+LONGEST_CLOSE = 2.0
+OWN_ID = re.compile(r"conv_[0-9a-f]{32}")
+
+
+class Hold(Protocol):
+    """What a turn keeps others from while it runs."""
+
+    def let_go(self, recorded: bool) -> asyncio.Future[object] | None:
+        """`recorded`: its turn is durable. What is given back, if that takes a while, by when all workers know."""
+
+
+@dataclass(slots=True)
+class Talk:
+    """A conversation while one turn runs on it; `close` it when the call is over, however it ended.
+
+    `asked` are the new messages of the client, `history` the stored ones that are sent before the client's. `preface`
+    is sent and stored, `reminder` only sent. `chain` is that before the first new message.
+    """
+
+    id: str
+    pk: str
+    caller: Caller
+    end_user: str | None
+    is_new: bool
+    asked: Sequence[Message]
+    session_id: str | None = None
+    history: Sequence[StoredMessage] = ()
+    chain: str = ""
+    preface: Message | None = None
+    reminder: Message | None = None
+    title: str | None = None
+    is_empty: bool = False
+    """It is there, and nothing was said yet."""
+    after: int | None = None
+    parent: Parent | None = None
+    lease: Lease | None = None
+    hold: Hold | None = None
+    keeps_content: bool = True
+    omitted_turns: int = 0
+    recorded: bool = False
+    """Its turn is durable."""
+
+    @property
+    def begins(self) -> bool:
+        """Is this its first turn?"""
+        return self.is_empty or (self.is_new and self.parent is None)
+
+    def turn(
+        self,
+        answer: Message | None,
+        at: int,
+        *,
+        model: str,
+        finish_reason: str | None,
+        input_tokens: int,
+        output_tokens: int,
+        cost_nanousd: int,
+    ) -> ConversationTurn:
+        """What this turn adds: the new messages of the client and, if there is one, the answer."""
+        stored: list[StoredMessage] = []
+        chain = self.chain
+        asked = [self.preface, *self.asked] if self.preface is not None else self.asked
+        for message in asked:
+            content = dumps(message.get("content"))
+            chain = linked(chain, message, content)
+            stored.append(_stored(message, content, chain))
+        if answer is not None:
+            if not isinstance(answer.get("role"), str):  # an upstream's slip must not cost the turn
+                answer = {**answer, "role": "assistant"}
+            content = dumps(answer.get("content"))
+            chain = partial(chain) if finish_reason in PARTIAL else linked(chain, answer, content)
+            stored.append(_stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), finish_reason))
+            stored[-1].omitted_turns = self.omitted_turns
+        title = self.title
+        if title is None and self.keeps_content and self.begins:
+            title = _title(self.asked)
+        if not self.keeps_content:
+            for kept in stored:
+                kept.content, kept.extra, kept.chain = "null", None, None
+        return ConversationTurn(
+            pk=self.pk,
+            id=self.id,
+            user_id=self.caller.user_id,
+            key_id=self.caller.key_id,
+            end_user=self.end_user,
+            session_id=self.session_id,
+            is_new=self.is_new,
+            title=title,
+            at=at,
+            messages=stored,
+            is_named=self.is_new and self.after is None and OWN_ID.fullmatch(self.id) is None,
+            tokens_input=input_tokens,
+            tokens_output=output_tokens,
+            cost_nanousd=cost_nanousd,
+            after=self.after,
+            parent=self.parent,
+            lease=self.lease,
+            gives_title=self.is_empty and self.title is None,
+        )
+
+    def branch_off(self) -> None:
+        """It goes on from what it has seen, in a conversation of its own."""
+        assert self.after is not None
+        self.parent = Parent(self.id, self.pk, self.after)
+        self.id, self.pk, self.is_new, self.session_id = new_id(), new_pk(), True, None
+
+    def was_recorded(self, turn: ConversationTurn) -> None:
+        """The turn is durable; as a branch, if somebody else was quicker."""
+        self.id, self.recorded = turn.id, True
+
+    def close(self) -> asyncio.Future[object] | None:
+        """Lets others have what it held."""
+        hold, self.hold = self.hold, None
+        return hold.let_go(self.recorded) if hold is not None else None
+
+    async def aclose(self) -> None:
+        """The same, and waits until all workers know: a client that is told of a failure may come back at once."""
+        under_way = self.close()
+        if under_way is not None:
+            await asyncio.wait({under_way}, timeout=LONGEST_CLOSE)
+
+
+def new_id() -> str:
+    return f"conv_{random_hex()}"
+
+
+def new_pk() -> str:
+    return f"c_{ordered_hex()}"
+
+
+def branched(turn: ConversationTurn) -> bool:
+    """Makes a turn that somebody was quicker than one of a branch, which goes on from what the turn has seen. False: it
+    is no turn that somebody could be quicker than."""
+    if turn.after is None or turn.parent is not None:
+        return False
+    turn.parent = Parent(turn.id, None if turn.is_new else turn.pk, turn.after)
+    turn.id, turn.pk, turn.session_id = new_id(), new_pk(), None
+    turn.is_new, turn.gives_title = True, False
+    return True
+
+
+def _stored(
+    message: Message,
+    content: bytes,
+    chain: str,
+    tokens: int = 0,
+    cost_nanousd: int | None = None,
+    model: str | None = None,
+    finish_reason: str | None = None,
+) -> StoredMessage:
+    role: str = message["role"]
+    extra = {key: value for key, value in message.items() if key != "role" and key != "content"}
+    return StoredMessage(
+        f"msg_{ordered_hex()}",
+        role if role in PLAIN_ROLES else clean(role),
+        content.decode(),
+        dumps(extra).decode() if extra else None,
+        None if role in NOT_CHAINED else chain or None,
+        tokens,
+        cost_nanousd,
+        model,
+        clean(finish_reason),
+    )
+
+
+def _title(messages: Sequence[Message]) -> str | None:
+    """The start of the first thing the user said."""
+    said = next((text_of(item.get("content")) for item in messages if item.get("role") == "user"), "")
+    begin = said[: TITLE_LENGTH + 1]
+    if begin.isprintable() and "  " not in begin and begin.strip() == begin:  # then this is what comes out below
+        return begin[:TITLE_LENGTH] or None
+    words = said[: 8 * TITLE_LENGTH].split(None, TITLE_LENGTH // 2 + 1)  # more do not fit
+    return clean(" ".join(words), TITLE_LENGTH) or None

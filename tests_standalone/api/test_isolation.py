@@ -1,0 +1,501 @@
+"""Nobody reads, changes or counts what is another's: every route of every dialect, tried with foreign ids.
+
+The routes are the application's own (`DIALECTS`), the statements those of the modules that hold them: a route without
+an example fails, and so does a statement of which nobody would notice that it no longer asks for the owner.
+
+Ann has one of everything, and `canary` is in all of it. Bob tries her ids, and ids that nobody has: both must look the
+same to him and leave every table as it was. Of the attacks in the project's list, A21 (live streams), A22
+(`previous_response_id`) and A23 (`Idempotency-Key`) have nothing to attack yet; A30 is in tests_standalone/system.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gateway.app import DIALECTS
+from gateway.auth import digest, new_key
+from gateway.store import conversation_edits, conversation_reads, keys, sessions, stored
+from gateway.store.database import Database
+from gateway.talks import new_id
+from tests_standalone.api.conftest import Answer, App
+from tests_standalone.conftest import rows, stored_key
+from tests_standalone.support.databases import database_urls, postgres, sqlite_url
+
+__all__ = ["database_urls", "postgres"]
+
+CANARY = "canary"
+OTHERS = frozenset({"limit_states", "limit_holds", "limit_settlements", "workers", "chores"})
+"""Tables that workers keep for themselves."""
+OF_ANN = frozenset({"usage_rows", "turn_leases"})
+"""Tables in which a call of bob's may leave something under his own name."""
+
+OWNED, ADMIN, NOBODYS = "owned", "admin", "nobody's"
+
+
+@dataclass(frozen=True)
+class Example:
+    """How a route with a parameter is tried: `of` names what of ann's goes into the path; `kind`, what bob must get:
+    404, 403, or what anybody gets."""
+
+    kind: str
+    of: str = ""
+    body: Any = b""
+    query: bytes = b""
+
+
+EXAMPLES: Mapping[tuple[str, str], Example] = {
+    ("GET", "/v1/models/{model:path}"): Example(NOBODYS),
+    ("GET", "/v1/chat/completions/{id}"): Example(OWNED, "completion"),
+    ("POST", "/v1/chat/completions/{id}"): Example(OWNED, "completion", {"metadata": {"of": "bob"}}),
+    ("DELETE", "/v1/chat/completions/{id}"): Example(OWNED, "completion"),
+    ("GET", "/v1/chat/completions/{id}/messages"): Example(OWNED, "completion"),
+    ("GET", "/conversations/{id}"): Example(OWNED, "conversation"),
+    ("PATCH", "/conversations/{id}"): Example(OWNED, "conversation", {"title": "bob was here", "tags": ["x"]}),
+    ("POST", "/conversations/{id}"): Example(OWNED, "conversation", {"pinned": True, "archived": True}),
+    ("DELETE", "/conversations/{id}"): Example(OWNED, "conversation"),
+    ("POST", "/conversations/{id}/undelete"): Example(OWNED, "deleted"),
+    ("GET", "/conversations/{id}/messages"): Example(OWNED, "conversation"),
+    ("GET", "/sessions/{id}"): Example(OWNED, "session"),
+    ("POST", "/sessions/{id}/end"): Example(OWNED, "session"),
+    ("GET", "/users/{id}/sessions"): Example(OWNED, "user"),
+    ("GET", "/users/{id}/stats"): Example(OWNED, "user"),
+    ("GET", "/admin/keys/{id}"): Example(ADMIN, "key"),
+    ("PATCH", "/admin/keys/{id}"): Example(ADMIN, "key", {"name": "bob's"}),
+    ("POST", "/admin/keys/{id}"): Example(ADMIN, "key", {"name": "bob's"}),
+    ("POST", "/admin/keys/{id}/rotate"): Example(ADMIN, "key", {}),
+    ("DELETE", "/admin/keys/{id}"): Example(ADMIN, "key"),
+    ("DELETE", "/admin/users/{id:path}"): Example(ADMIN, "user"),
+}
+
+LISTS = (
+    *("/conversations", "/conversations?archived=all", "/conversations?archived=true", "/conversations?pinned=true"),
+    *("/conversations?tag=canary", "/conversations?session_id={session}", "/conversations?order=asc"),
+    *("/conversations?tag=canary&session_id={session}", "/conversations?archived=all&order=asc"),
+    *("/conversations?archived=true&order=asc", "/conversations?pinned=true&order=asc"),
+    *("/conversations?tag=canary&order=asc", "/conversations?session_id={session}&order=asc"),
+    *("/users/me/sessions", "/users/me/sessions?order=asc", "/users/me/stats", "/users/bob/stats"),
+    *("/v1/chat/completions", "/v1/chat/completions?order=desc", "/v1/chat/completions?metadata[canary]=canary"),
+    *("/v1/chat/completions?order=desc&metadata[canary]=canary", "/v1/chat/completions?model=echo"),
+    *("/conversations/own/messages", "/conversations/forged/messages", "/sessions/{own_session}"),
+)
+CURSORS = (
+    *("/conversations?after={conversation}", "/conversations?after={deleted}", "/users/me/sessions?after={session}"),
+    *("/v1/chat/completions?order=desc&after={completion}", "/v1/chat/completions?after={completion}"),
+    "/conversations/own/messages?after={message}",
+)
+
+
+@dataclass
+class World:
+    """Ann and bob, who has the same of everything. `ids` are ann's, `known` what bob may not be told."""
+
+    app: App
+    ann: dict[str, str]
+    bob: dict[str, str]
+    ids: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def known(self) -> list[str]:
+        return [CANARY, *(self.ids[name] for name in ("conversation", "message", "session", "deleted", "completion"))]
+
+    @property
+    def database(self) -> Database:
+        found: Database = self.app._state["services"].database
+        return found
+
+    async def ask(self, who: Mapping[str, str], method: str, path: str, body: Any = b"") -> Answer:
+        path, _, query = path.partition("?")
+        return await self.app.call(method, path, body, who, query_string=query.encode())
+
+
+async def settled(world: World, user: str, who: Mapping[str, str], mark: str) -> dict[str, str]:
+    """One of everything, with the mark in it."""
+
+    async def ask(method: str, path: str, body: Any = b"") -> Any:
+        answer = await world.ask(who, method, path, body)
+        assert answer.status == 200, (method, path, answer.body)
+        return answer.json
+
+    session = await ask("POST", "/sessions", {"title": mark, "metadata": {mark: mark}})
+    about = {"title": mark, "tags": [mark], "metadata": {mark: mark}, "session_id": session["id"]}
+    gone = await ask("POST", "/conversations", about)
+    said = {"model": "echo", "messages": [{"role": "user", "content": mark}]}
+    await ask("POST", "/v1/chat/completions", said | {"conversation_id": gone["id"]})
+    await ask("DELETE", f"/conversations/{gone['id']}")
+    for change in ({"pinned": True}, {"archived": True}, {"pinned": True, "archived": True}):
+        made = await ask("POST", "/conversations", about)
+        await ask("PATCH", f"/conversations/{made['id']}", change)
+    made = await ask("POST", "/conversations", about)
+    said |= {"conversation_id": made["id"], "store": True, "metadata": {mark: mark}}
+    completion = await ask("POST", "/v1/chat/completions", said)
+    messages = await ask("GET", f"/conversations/{made['id']}/messages")
+    ((key,),) = await rows(world.database, "SELECT id FROM api_keys WHERE user_id = $1", user)
+    ((pk, number),) = await rows(world.database, "SELECT pk, number FROM conversations WHERE id = $1", made["id"])
+    ((completion_pk,),) = await rows(world.database, "SELECT pk FROM stored_completions WHERE user_id = $1", user)
+    ((label,), *_) = await rows(world.database, "SELECT label FROM stored_labels WHERE user_id = $1", user)
+    return {
+        "conversation": made["id"], "deleted": gone["id"], "session": session["id"], "user": user, "key": key, "pk": pk,
+        "number": str(number), "completion": completion["id"], "message": messages["data"][0]["id"],
+        "completion_pk": completion_pk, "label": label,
+    }  # fmt: skip
+
+
+async def keyed(app: App, user: str) -> dict[str, str]:
+    secret = new_key()
+    await keys.add(app._state["services"].database, stored_key(digest=digest(secret), user_id=user))
+    return {"authorization": f"Bearer {secret}"}
+
+
+@asynccontextmanager
+async def application(folder: Path, url: str) -> AsyncIterator[App]:
+    config = {
+        "backends": {"echo": {"type": "scripted"}},
+        "database": {"url": url},
+        "limits": {"store": "memory"},
+    }
+    async with App(folder, config) as app:
+        yield app
+
+
+async def peopled(app: App) -> World:
+    """Bob's `forged` says that ann's conversation is its parent, which no route could bring about."""
+    world = World(app, await keyed(app, "ann"), await keyed(app, "bob"))
+    world.ids = await settled(world, "ann", world.ann, CANARY)
+    own = await settled(world, "bob", world.bob, "bobs")
+    world.ids["own_session"] = own["session"]
+    for name in ("own", "forged"):
+        made = await world.ask(world.bob, "POST", "/conversations", {"id": name, "title": "bobs"})
+        assert made.status == 200, made.body
+    said = {"model": "echo", "messages": [{"role": "user", "content": "bobs"}], "conversation_id": "own"}
+    assert (await world.ask(world.bob, "POST", "/v1/chat/completions", said)).status == 200
+    forge = "UPDATE conversations SET parent_pk = $1, parent_seq = 2, message_count = 2 WHERE id = 'forged'"
+    await world.database.write([(forge, [(world.ids["pk"],)])])
+    ((world.ids["forged_pk"],),) = await rows(world.database, "SELECT pk FROM conversations WHERE id = 'forged'")
+    newest = await world.ask(world.ann, "POST", "/sessions", {"title": CANARY})
+    assert newest.status == 200
+    return world
+
+
+async def dump(database: Database) -> dict[str, list[str]]:
+    """Every row of every table that counts."""
+    named = {
+        "sqlite": "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'",
+        "postgres": "SELECT tablename FROM pg_tables WHERE schemaname = 'public'",
+    }[database.dialect]
+    tables = [name for (name,) in await rows(database, named) if name not in OTHERS]
+    which = {name: " WHERE user_id = 'ann'" if name in OF_ANN else "" for name in tables}
+    return {name: sorted(map(str, await rows(database, f"SELECT * FROM {name}{which[name]}"))) for name in tables}
+
+
+def guessed(identity: str) -> str:
+    """One of the same form that nobody has."""
+    if identity.startswith("conv_"):
+        return new_id()
+    return re.sub("[0-9a-f]{8}$", "00000000", identity) if re.search("[0-9a-f]{8}$", identity) else "carl"
+
+
+async def violations(world: World) -> list[str]:
+    """What bob gets or does that he may not."""
+    found = await _through_routes(world)
+    found += await _through_lists(world)
+    found += await _through_bodies(world)
+    return found + await _past_the_routes(world)
+
+
+async def _through_routes(world: World) -> list[str]:
+    found = []
+    before = await dump(world.database)
+    for (method, path), example in EXAMPLES.items():
+        if example.kind == NOBODYS:
+            continue
+        theirs, answers = world.ids[example.of], []
+        for identity in (theirs, guessed(theirs)):
+            answer = await world.ask(world.bob, method, re.sub(r"{\w+(:path)?}", identity, path), example.body)
+            shape = answer.body.decode().replace(identity, "<id>")
+            answers.append((answer.status, shape, answer.headers.keys()))
+        if answers[0] != answers[1]:
+            found.append(f"{method} {path}: {answers[0]} for what is ann's, {answers[1]} for what nobody has")
+        if answers[0][0] != (403 if example.kind == ADMIN else 404):
+            found.append(f"{method} {path}: {answers[0]}")
+    found += _changes(before, await dump(world.database), "a route with a foreign id")
+    return found
+
+
+async def _through_lists(world: World) -> list[str]:
+    found = []
+    before = await dump(world.database)
+    for path in LISTS:
+        answer = await world.ask(world.bob, "GET", path.format_map(world.ids))
+        found += [f"{path} tells {known}" for known in world.known if known in answer.body.decode()]
+        if answer.status != 200:
+            found.append(f"{path}: {answer.status}")
+    for path in CURSORS:
+        answers = []
+        for ids in (world.ids, {name: guessed(identity) for name, identity in world.ids.items()}):
+            answer = await world.ask(world.bob, "GET", path.format_map(ids))
+            answers.append((answer.status, re.sub("[0-9a-f]{16,}", "<id>", answer.body.decode())))
+        if answers[0] != answers[1]:
+            found.append(f"{path}: {answers}")
+    stats = (await world.ask(world.bob, "GET", "/users/me/stats")).json
+    counts = stats["conversation_count"], stats["session_count"], stats["total_tokens_input"]
+    if counts != (7, 1, await _tokens(world)):
+        found.append(f"statistics: {stats}")
+    return found + _changes(before, await dump(world.database), "a list")
+
+
+async def _tokens(world: World) -> int:
+    sql = "SELECT SUM(input_tokens) FROM usage_rows WHERE user_id = 'bob'"
+    return int((await rows(world.database, sql))[0][0])
+
+
+async def _through_bodies(world: World) -> list[str]:
+    """Foreign ids where no path has them."""
+    found = []
+    before = await dump(world.database)
+    said = {"model": "echo", "messages": [{"role": "user", "content": "bobs"}]}
+    continued = said | {"conversation_id": world.ids["conversation"]}
+    for path, body in (("/v1/chat/completions", continued), ("/conversations", {"session_id": world.ids["session"]})):
+        answer = await world.ask(world.bob, "POST", path, body)
+        if answer.status != 404:
+            found.append(f"POST {path}: {answer.status} {answer.body!r}")
+    found += _changes(before, await dump(world.database), "a body with a foreign id")
+    made = await world.ask(world.bob, "POST", "/conversations", {})
+    if made.status != 200 or made.json["session_id"] == world.ids["session"]:
+        found.append(f"a conversation of one's own: {made.body!r}")
+    return found
+
+
+def _changes(before: Mapping[str, list[str]], after: Mapping[str, list[str]], by: str) -> list[str]:
+    return [f"{by} changed {table}" for table in before if before[table] != after[table]]
+
+
+def inner(world: World) -> dict[str, tuple[tuple[Any, ...], list[tuple[Any, ...]]]]:
+    """Statements that routes reach only with what another one has found: asked as bob for what is ann's, and what that
+    may tell."""
+    ids, number = world.ids, int(world.ids["number"])
+    return {
+        "conversation_reads.LINE": (("bob", "forged"), [(ids["forged_pk"], 2, 2)]),
+        "conversation_reads.MESSAGES[asc]": (("bob", ids["pk"], 0, 100, 10), []),
+        "conversation_reads.MESSAGES[desc]": (("bob", ids["pk"], 0, 100, 10), []),
+        "conversation_reads.MESSAGE_PLACE": (("bob", ids["message"]), []),
+        "conversation_edits.FORGET_TAGS": (("bob", number), []),
+        "sessions.MESSAGES": (("bob", ids["session"], 100, 100), []),
+        "stored._PLACE": (("bob", ids["completion"]), []),
+        "stored._HOW_MANY": (("bob", ids["label"], 100), [(0,)]),
+        "stored._SET_METADATA": (("bob", ids["completion"], "{}"), []),
+        "stored._DROP_LABEL": (("bob", ids["completion_pk"], ids["label"]), []),
+        "stored._DROP_LABELS": (("bob", ids["completion_pk"]), []),
+    }
+
+
+async def _past_the_routes(world: World) -> list[str]:
+    found = []
+    before = await dump(world.database)
+    for name, (values, right) in inner(world).items():
+        async with world.database.transaction() as transaction:
+            told = [tuple(row) for row in await transaction.fetch(statements()[name], *values)]
+        if told != right:
+            found.append(f"{name}: {told}")
+    return found + _changes(before, await dump(world.database), "a statement")
+
+
+# The statements
+
+OWNER = re.compile(
+    r"(?:\w+\.)?user_id(?: \|\| '')? = (?:\$1|l\.user_id)(?: AND user_id = \$1| AND l\.user_id = \$1)?"
+    r"|COALESCE\((?:\w+\.)?user_id, ''\) = \$1"
+)
+VERBS = re.compile(r"\s*(SELECT|UPDATE|DELETE|WITH)\b")
+MODULES: tuple[ModuleType, ...] = (conversation_reads, conversation_edits, sessions, stored)
+WITHOUT_OWNER = {
+    "sessions.ADD": "the ledger's: of the sessions that it has found for its turns",
+    "sessions.COUNT_NAMED": "the ledger's: as above",
+    "sessions.REVISION": "a number for all",
+    "sessions.TOUCH": "a number for all",
+}
+
+
+def statements() -> dict[str, str]:
+    """The SQL that the modules run, as it is now: constants, and the items of mappings of them."""
+    found = {}
+    for module in MODULES:
+        short = module.__name__.rpartition(".")[2]
+        for name, value in vars(module).items():
+            if isinstance(value, str) and VERBS.match(value) and "{" not in value:
+                found[f"{short}.{name}"] = value
+            elif isinstance(value, dict) and name.isupper():
+                found |= {f"{short}.{name}[{key}]": sql for key, sql in value.items() if VERBS.match(str(sql))}
+    return found
+
+
+def mutants() -> Iterator[tuple[str, str]]:
+    """Each statement without its owner, and those that ask for it in several places without each of them."""
+    for name, sql in statements().items():
+        if name in WITHOUT_OWNER:
+            continue
+        places = list(OWNER.finditer(sql))
+        yield name, OWNER.sub(_anybody, sql)
+        if len(places) > 1 and not name.startswith("stored."):
+            for place in places:
+                yield name, sql[: place.start()] + _anybody(place) + sql[place.end() :]
+
+
+def _anybody(place: re.Match[str]) -> str:
+    return "CAST($1 AS TEXT) = $1" if "$1" in place[0] else "1 = 1"
+
+
+@pytest.fixture
+async def world(tmp_path: Path, tables: str) -> AsyncIterator[World]:
+    async with application(tmp_path, tables) as app:
+        yield await peopled(app)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def tables(request: pytest.FixtureRequest, database_urls: dict[str, str]) -> str:
+    return database_urls[request.param]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, World]:
+    """A file with the world in it, to be copied for each mutant."""
+    folder = tmp_path_factory.mktemp("world")
+
+    async def make() -> World:
+        async with application(folder, sqlite_url(folder)) as app:
+            return await peopled(app)
+
+    with ThreadPoolExecutor(1) as thread:
+        return folder / "gateway.db", thread.submit(asyncio.run, make()).result()
+
+
+def test_every_route_with_a_parameter_has_an_example() -> None:
+    routes = {(method, path) for dialect in DIALECTS for method, path, *_ in dialect.ENDPOINTS if "{" in path}
+    assert routes == set(EXAMPLES)
+
+
+def test_every_statement_asks_for_the_owner_or_says_why_not() -> None:
+    without = {name for name, sql in statements().items() if OWNER.search(sql) is None}
+    assert without == set(WITHOUT_OWNER)
+
+
+async def test_a19_nothing_foreign_is_read_changed_or_counted(world: World) -> None:
+    assert await violations(world) == []
+
+
+async def test_ann_finds_all_of_it_herself(world: World) -> None:
+    """So that the test above finds it where it is."""
+    for (method, path), example in EXAMPLES.items():
+        if example.kind == OWNED and method == "GET":
+            answer = await world.ask(world.ann, method, re.sub(r"{\w+(:path)?}", world.ids[example.of], path))
+            assert answer.status == 200, path
+    for path in (*LISTS, *CURSORS):
+        if "own" not in path and "forged" not in path and "bob" not in path:
+            answer = await world.ask(world.ann, "GET", path.format_map(world.ids))
+            assert answer.status == 200, path
+            if "stats" not in path and "after" not in path:
+                assert answer.json["data"], path
+
+
+@pytest.mark.parametrize(("name", "sql"), list(mutants()))
+async def test_a_statement_without_its_owner_is_noticed(
+    name: str, sql: str, template: tuple[Path, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, made = template
+    shutil.copy(file, tmp_path / "gateway.db")
+    _patch(monkeypatch, name, sql)
+    async with application(tmp_path, sqlite_url(tmp_path)) as app:
+        assert await violations(World(app, made.ann, made.bob, made.ids)) != []
+
+
+def _patch(monkeypatch: pytest.MonkeyPatch, name: str, sql: str) -> None:
+    module, constant, _, key = re.fullmatch(r"(\w+)\.(\w+)(\[(.*)\])?", name).groups()  # type: ignore[union-attr] # our own
+    found = next(one for one in MODULES if one.__name__.endswith(f".{module}"))
+    if key is not None:
+        monkeypatch.setitem(getattr(found, constant), key, sql)
+        return
+    for one in MODULES:
+        if getattr(one, constant, None) == getattr(found, constant) and one is not found:
+            monkeypatch.setattr(one, constant, sql)  # where it is imported by name
+    monkeypatch.setattr(found, constant, sql)
+
+
+async def test_a19_a_foreign_name_begins_a_conversation_of_ones_own(world: World) -> None:
+    """A name that somebody chose is free for everybody else."""
+    said = {"model": "echo", "messages": [{"role": "user", "content": CANARY}], "conversation_id": "chat"}
+    await world.ask(world.ann, "POST", "/v1/chat/completions", said)
+    before = (await world.ask(world.ann, "GET", "/conversations/chat")).json
+    mine = said | {"messages": [{"role": "user", "content": "hello"}]}
+    answer = await world.ask(world.bob, "POST", "/v1/chat/completions", mine)
+    assert (answer.status, CANARY in answer.body.decode()) == (200, False)
+    found = await world.ask(world.bob, "GET", "/conversations/chat/messages")
+    assert [message["content"] for message in found.json["data"]] == ["hello", "hello"]
+    assert (await world.ask(world.ann, "GET", "/conversations/chat")).json == before
+
+
+@pytest.mark.parametrize("header", ["x-conversation-id", "x-openwebui-chat-id", "chatui-conversation-id"])
+async def test_a19_a_foreign_id_in_a_header(world: World, header: str) -> None:
+    before = await dump(world.database)
+    said = {"model": "echo", "messages": [{"role": "user", "content": "bobs"}]}
+    headers = {**world.bob, header: world.ids["conversation"]}
+    answer = await world.app.call("POST", "/v1/chat/completions", said, headers)
+    assert answer.status == 404
+    assert await dump(world.database) == before
+
+
+async def test_a26_guessed_ids_are_404(world: World) -> None:
+    bodies = set()
+    for _ in range(200):
+        answer = await world.ask(world.bob, "GET", f"/conversations/{new_id()}")
+        bodies.add((answer.status, answer.body))
+    assert [status for status, _ in bodies] == [404]
+    assert re.fullmatch("conv_[0-9a-f]{32}", new_id()), "128 random bits"
+
+
+@pytest.mark.parametrize("odd", ["%00", "a\x00b", "\ud800", "' OR '1'='1", "x" * 5000, "..", "conv_*", "%", "_"])
+async def test_a26_what_is_no_id_at_all(world: World, odd: str) -> None:
+    for path in (f"/conversations/{odd}", f"/conversations/{odd}/messages", f"/sessions/{odd}"):
+        scope = {"method": "GET", "path": path}
+        headers = {"host": "localhost", **world.bob}
+        scope["path"] = path.encode("utf-8", "replace").decode()
+        answer = await world.app._exchange(scope, headers, [{"type": "http.request"}])
+        assert answer.status == 404, path
+
+
+async def test_a27_statistics_of_others_are_for_admins(world: World) -> None:
+    assert (await world.ask(world.bob, "GET", "/users/ann/stats")).status == 404
+    mine = await world.ask(world.ann, "GET", "/users/me/stats")
+    assert mine.json["conversation_count"] == 6
+    assert (await world.ask(world.ann, "GET", "/users/ann/stats")).json == mine.json
+    assert (await world.app.call("GET", "/users/ann/stats")).json == mine.json
+
+
+async def test_a29_nothing_old_reappears_under_a_name_that_is_used_again(world: World) -> None:
+    said = {"model": "echo", "messages": [{"role": "user", "content": CANARY}], "conversation_id": "chat"}
+    await world.ask(world.ann, "POST", "/v1/chat/completions", said)
+    assert (await world.ask(world.ann, "DELETE", "/conversations/chat")).status == 200
+    again = said | {"messages": [{"role": "user", "content": "new"}]}
+    answer = await world.ask(world.ann, "POST", "/v1/chat/completions", again)
+    assert CANARY not in answer.body.decode()
+    found = await world.ask(world.ann, "GET", "/conversations/chat/messages")
+    assert [message["content"] for message in found.json["data"]] == ["new", "new"]
+    assert (await world.ask(world.ann, "GET", "/conversations/chat")).json["message_count"] == 2
+
+
+async def test_a31_answers_are_for_one_caller(world: World) -> None:
+    for path in ("/conversations", "/users/me/stats", "/v1/models", "/conversations/none"):
+        answer = await world.ask(world.bob, "GET", path)
+        assert answer.headers["cache-control"] == "no-store", path
+        assert answer.headers["vary"] == "authorization, x-api-key, api-key", path
+    assert json.loads(answer.body)["detail"] == answer.json["error"]["message"]
