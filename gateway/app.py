@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Iterable
 from pathlib import Path
 from typing import Any
 
-from starlette.routing import BaseRoute, Route, Router
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route, Router
 
 from gateway import __version__
 from gateway.api import admin, admin_keys, admin_users, conversations, openai, operations, ops, sessions, stored
@@ -80,13 +81,24 @@ class Gateway:
             if not self._problems:
                 raise
 
+    async def _searched(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Each method of a path is a route of its own, and the router names those of the first one only."""
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as wrong:
+            if wrong.status_code == 405:
+                fitting = [route for route in self._router.routes if route.matches(scope)[0] is not Match.NONE]
+                methods = {method for route in fitting if isinstance(route, Route) for method in route.methods or ()}
+                wrong.headers = {"allow": ", ".join(sorted(methods))}
+            raise
+
     def _routed(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         route = self._known.get((scope.get("method", ""), scope.get("path", "")))
         if route is not None:
             scope["route"], scope["path_params"] = route, {}
             return route.app(scope, receive, send)
         scope["app"] = self  # makes the router raise for a wrong method instead of answering in plain text
-        return self._router(scope, receive, send)
+        return self._searched(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: object) -> AsyncIterator[dict[str, Any]]:

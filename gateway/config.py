@@ -4,8 +4,9 @@
     settings.server.port, settings.backends["openai"].base_url
 
 Where values come from, and which source wins, is in `config_sources.py`. Here is what they may be: first each value
-alone (pydantic), then what they say about each other (the functions named `_check_...`). A new kind of backend is a
-row in `config_backends.BACKEND_TYPES`.
+alone (pydantic), then what they say about each other (the functions named `_check_...`). Backends, models and what
+bounds calls and conversations are in modules of their own; a new kind of backend is a row in
+`config_backends.BACKEND_TYPES`.
 
 No complaint, repr or description holds a secret. `model_dump()` does, as SecretStr.
 """
@@ -16,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -34,6 +35,8 @@ from gateway.config_backends import (
 )
 from gateway.config_draft import Draft, Path, check_file, dotted, nearest
 from gateway.config_file import read_file
+from gateway.config_limits import Budget, BudgetSettings, ConversationSettings, LimitSettings
+from gateway.config_models import ModelSettings, PriceSettings, RouteSettings
 from gateway.config_values import (
     MASK,
     Section,
@@ -54,6 +57,7 @@ __all__ = [
     "BackendSettings",
     "Budget",
     "BudgetSettings",
+    "ConversationSettings",
     "DatabaseSettings",
     "LimitSettings",
     "ModelSettings",
@@ -117,45 +121,6 @@ class AuthSettings(Section):
     admin_key: SecretStr = SecretStr("")
 
 
-class PriceSettings(Section):
-    """USD per million tokens; None: nobody said, so what its parent costs. `service_tiers` are factors on all of it;
-    without them it holds for every service tier, and with them for the standard one.
-    """
-
-    input: Decimal | None = None
-    cached_input: Decimal | None = None
-    cache_write: Decimal | None = None
-    cache_write_1h: Decimal | None = None
-    output: Decimal | None = None
-    reasoning: Decimal | None = None
-    audio_input: Decimal | None = None
-    audio_output: Decimal | None = None
-    image_input: Decimal | None = None
-    image_output: Decimal | None = None
-    service_tiers: dict[str, Annotated[Decimal, Field(ge=0, le=1000)]] = {}
-
-
-class RouteSettings(Section):
-    backend: str
-    model: str | None = None
-    weight: int = Field(1, gt=0)
-    price: PriceSettings | None = None
-
-
-class ModelSettings(Section):
-    """A public name: either one backend or several routes. `model` None: the upstream knows it by the public name."""
-
-    backend: str | None = None
-    model: str | None = None
-    price: PriceSettings | None = None
-    routes: tuple[RouteSettings, ...] = ()
-    fallbacks: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    max_output_tokens: int | None = Field(None, ge=1, le=10**9)
-    context_window: int | None = Field(None, ge=1, le=10**9)
-    on_disconnect: Literal["drain", "cancel"] | None = None
-
-
 class DatabaseSettings(Section):
     url: str = "sqlite:///data/gateway.db"
     auto_migrate: bool = True
@@ -189,67 +154,6 @@ class StorageSettings(Section):
     @classmethod
     def _address(cls, url: str | None) -> str | None:
         return None if url is None else base_url(url)
-
-
-_MOST = 10**12
-
-
-class LimitSettings(Section):
-    """None: no limit. Bursts are sizes of buckets, of requests and of tokens; None: one minute's worth.
-
-    `max_output_tokens`: what a call is taken to produce at most, if neither it nor its model says.
-    """
-
-    requests_per_minute: int | None = Field(600, ge=1, le=_MOST)
-    tokens_per_minute: int | None = Field(None, ge=1, le=_MOST)
-    max_parallel: int | None = Field(None, ge=1, le=_MOST)
-    burst: int | None = Field(None, ge=1, le=_MOST)
-    token_burst: int | None = Field(None, ge=1, le=_MOST)
-    max_output_tokens: int = Field(4096, ge=1, le=10**9)
-    store: Literal["auto", "memory", "database"] = "auto"
-
-
-class Budget(Section):
-    """Money that may be spent in each period (UTC)."""
-
-    amounts = frozenset({"usd"})
-
-    usd: Decimal
-    period: Literal["day", "month", "total"] = "month"
-
-    @property
-    def nanousd(self) -> int:
-        return int(self.usd * 10**9)
-
-
-class BudgetSettings(Section):
-    """`key`: of every key that has none of its own, and of the keyless user; `gateway`: of all calls together."""
-
-    key: Budget | None = None
-    gateway: Budget | None = None
-    allow_unpriced: bool = False
-
-
-class ConversationSettings(Section):
-    """`header`: one more that groups turns. `retention_days` None: kept until somebody deletes them."""
-
-    threading: Literal["auto", "explicit", "off"] = "auto"
-    busy: Literal["reject", "wait"] = "reject"
-    header: str | None = None
-    store_content: bool = True
-    retention_days: int | None = Field(None, ge=1, le=36_500)
-    deleted_days: int = Field(30, ge=0, le=36_500)
-    session_idle_minutes: int = Field(30, ge=1, le=525_600)
-    system_prompt_file: str | None = None
-
-    @field_validator("header")
-    @classmethod
-    def _header(cls, name: str | None) -> str | None:
-        if name is not None and re.fullmatch(r"[A-Za-z0-9-]{1,100}", name) is None:
-            raise ValueError("must be the name of a header, like X-Chat-Id")
-        if name is not None and name.lower() in ("authorization", "x-api-key", "api-key", "cookie"):
-            raise ValueError("must not name a header that carries a secret")
-        return name
 
 
 class FileSettings(Section):

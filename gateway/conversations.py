@@ -19,7 +19,7 @@ A turn of the first and third kind goes on from the message that it has seen, or
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from gateway import threads, window
@@ -27,7 +27,7 @@ from gateway.auth import Caller
 from gateway.catalog import Model
 from gateway.errors import BadRequest, NotFound
 from gateway.store import conversations as rows
-from gateway.store.conversations import StoredConversation, StoredMessage
+from gateway.store.conversations import Place, StoredConversation, StoredMessage
 from gateway.store.database import Database
 from gateway.store.text import clean
 from gateway.talks import OWN_ID, Talk, new_id, new_pk
@@ -72,15 +72,20 @@ class Conversations:
         """Last messages from which a call of this worker goes on."""
 
     async def open(
-        self, caller: Caller, request: ChatRequest, end_user: str | None, group: str | None = None
+        self,
+        caller: Caller,
+        request: ChatRequest,
+        end_user: str | None,
+        group: str | None = None,
+        in_vain: Callable[[], bool] = lambda: False,
     ) -> Talk | None:
-        """None: this call is no turn. `group`: the id that a header gives. Raises BadRequest, NotFound,
-        ConversationBusy, DatabaseUnavailable."""
+        """None: this call is no turn. `group`: the id that a header gives. `in_vain`: need nobody wait any more? Raises
+        BadRequest, NotFound, ConversationBusy, DatabaseUnavailable."""
         wanted, end_user = request.data.get("conversation_id"), clean(end_user)
         if self._threading == "off":
             return None
         if wanted is not None:
-            talk = await self._named(caller, wanted, request, end_user)
+            talk = await self._named(caller, wanted, request, end_user, in_vain)
         elif threads.is_background(request):
             return None
         elif group is not None:
@@ -129,9 +134,11 @@ class Conversations:
 
     # --- rule 1
 
-    async def _named(self, caller: Caller, wanted: str, request: ChatRequest, end_user: str | None) -> Talk:
+    async def _named(
+        self, caller: Caller, wanted: str, request: ChatRequest, end_user: str | None, in_vain: Callable[[], bool]
+    ) -> Talk:
         _check_id(wanted, "'conversation_id'")
-        held = await self._leases.take(caller.user_id, wanted)
+        held = await self._leases.take(caller.user_id, wanted, in_vain)
         try:
             found = await rows.find(self._database, caller.user_id, wanted)
             start = threads.seed(caller.user_id, caller.key_id, end_user)
@@ -140,11 +147,22 @@ class Conversations:
                 talk = Talk(wanted, new_pk(), caller, end_user, True, request.messages, chain=start, after=0)
             else:
                 talk = _continued(wanted, found, caller, end_user, request.messages, start)
+                await self._into_its_branch(talk)
         except BaseException:
             held.let_go(recorded=False)
             raise
         talk.lease, talk.hold = held.lease, held
         return talk
+
+    async def _into_its_branch(self, talk: Talk) -> None:
+        """A history that left the conversation earlier, and was answered since, goes on in the branch of that time."""
+        if talk.parent is not None and (found := await self._place(talk.caller, talk.chain, talk.asked)) is not None:
+            last, whole, place = found
+            talk.id, talk.pk, talk.is_new, talk.parent = place.id, place.pk, False, None
+            talk.session_id, talk.asked, talk.chain = place.session_id, talk.asked[last + 1 :], whole
+            talk.after, talk.title = place.seq, place.title
+            if not threads.is_free(place, self._taken):
+                talk.branch_off()
 
     # --- rule 2
 
@@ -168,15 +186,10 @@ class Conversations:
     async def _threaded(self, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk:
         messages = request.messages
         start = threads.seed(caller.user_id, caller.key_id, end_user)
-        last = threads.last_answer(messages) if self._store_content else None
-        place = None
-        if last is not None:
-            before = threads.chain_of(start, messages[:last])
-            whole = threads.link(before, messages[last])
-            found = await rows.places(self._database, caller.user_id, whole, threads.partial(before))
-            place = threads.best(found, messages[last], self._taken)
-        if last is None or place is None:
+        found = await self._place(caller, start, messages) if self._store_content else None
+        if found is None:
             return Talk(new_id(), new_pk(), caller, end_user, True, messages, chain=start)
+        last, whole, place = found
         talk = Talk(place.id, place.pk, caller, end_user, False, messages[last + 1 :], place.session_id, chain=whole)
         talk.after, talk.title = place.seq, place.title
         if threads.is_free(place, self._taken):
@@ -184,6 +197,18 @@ class Conversations:
         else:
             talk.branch_off()
         return talk
+
+    async def _place(self, caller: Caller, start: str, messages: Sequence[Message]) -> tuple[int, str, Place] | None:
+        """Where the last answer of these messages stands among them, the chain after it, and where it is stored. None:
+        there is no answer, or nobody has given it."""
+        last = threads.last_answer(messages)
+        if last is None:
+            return None
+        before = threads.chain_of(start, messages[:last])
+        whole = threads.link(before, messages[last])
+        found = await rows.places(self._database, caller.user_id, whole, threads.partial(before))
+        place = threads.best(found, messages[last], self._taken)
+        return None if place is None else (last, whole, place)
 
 
 class _Taken:
@@ -223,6 +248,11 @@ def _continued(
     if known is None:
         talk.history, talk.chain = stored, _last_chain(found, start)
         talk.asked = _without_known_system(messages, systems)
+        if (begin := threads.shortened(stored, messages)) is not None:
+            last = threads.last_answer(messages)
+            assert last is not None
+            talk.asked = messages[last + 1 :]
+            talk.history = [*stored[:begin], *(message for message in stored[begin:] if message.role in NOT_CHAINED)]
         return talk
     talk.asked, talk.chain = messages[known.place :], known.chain
     talk.history = [] if _has_system(messages) else systems[:1]

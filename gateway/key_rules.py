@@ -120,7 +120,7 @@ def usd_text(nano: int | None) -> str | None:
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"is not known; did you mean {near[0]}?"
+    return f"is not known; did you mean {near[0]}?" if near else "is not known"
 
 
 def _text(value: Any) -> str:

@@ -35,7 +35,7 @@ _VARY: list[Header] = [(b"vary", b"Origin")]
 _METHODS = b"GET, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED = (
     b"x-request-id, retry-after, retry-after-ms, x-should-retry, x-conversation-id, x-gateway-backend, "
-    b"x-gateway-model, x-gateway-cost, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    b"x-gateway-model, x-gateway-cost, x-gateway-omitted-turns, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
     b"x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, "
     b"x-ratelimit-reset-tokens, openai-processing-ms"
 )

@@ -113,6 +113,8 @@ class Known:
 
 def recognised(start: str, stored: Sequence[StoredMessage], messages: Sequence[Message]) -> Known | None:
     """The last answer of a client's history that is a stored one, with all before it the same. None: none is."""
+    if (known := _by_stored_chain(start, stored, messages)) is not None:
+        return known
     whole, broken = _answers(start, stored)
     meant, own, known = start, start, None
     for place, message in enumerate(messages, 1):
@@ -126,6 +128,39 @@ def recognised(start: str, stored: Sequence[StoredMessage], messages: Sequence[M
             seq, _, meant = broken[before]
             known = Known(place, own, seq)
     return known
+
+
+def _by_stored_chain(start: str, stored: Sequence[StoredMessage], messages: Sequence[Message]) -> Known | None:
+    """The same, if the client's last answer is one: then the stored messages need not be read. Chains that were made
+    for another key or end user are none of this client's."""
+    last = last_answer(messages)
+    if last is None:
+        return None
+    own = chain_of(start, messages[: last + 1])
+    for kept in reversed(stored):
+        if kept.chain == own and kept.role == "assistant":
+            return Known(last + 1, own, kept.seq)
+    return None
+
+
+def shortened(stored: Sequence[StoredMessage], messages: Sequence[Message]) -> int | None:
+    """Where in the stored history begins what a client sends that has left out older messages: all of it up to its last
+    answer are the newest that are stored. None: they are not."""
+    last = last_answer(messages)
+    sent = [message for message in messages[: (last or 0) + 1] if message.get("role") not in NOT_CHAINED]
+    said = [place for place, kept in enumerate(stored) if kept.role not in NOT_CHAINED]
+    if last is None or len(sent) > len(said):
+        return None
+    begin = len(said) - len(sent)
+    same = all(_is_it(message, stored[place]) for message, place in zip(sent, said[begin:], strict=True))
+    return said[begin] if same else None
+
+
+def _is_it(message: Message, kept: StoredMessage) -> bool:
+    stored = _message(kept.role, kept.content, kept.extra)
+    if kept.finish_reason in PARTIAL and message.get("role") == kept.role:
+        return goes_on_with(message, stored)
+    return link("", message) == link("", stored)
 
 
 def _answers(

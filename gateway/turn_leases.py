@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from gateway.errors import ConversationBusy, DatabaseUnavailable
 from gateway.ids import random_hex
@@ -61,11 +61,11 @@ class TurnLeases:
         """What is being given back. Who asks for one of these waits until it is."""
         self._renewal: asyncio.Task[None] | None = None
 
-    async def take(self, user_id: str, conversation_id: str) -> HeldTurn:
-        """Raises ConversationBusy, DatabaseUnavailable."""
+    async def take(self, user_id: str, conversation_id: str, in_vain: Callable[[], bool] = lambda: False) -> HeldTurn:
+        """Who waits gives up once it is `in_vain`. Raises ConversationBusy, DatabaseUnavailable."""
         deadline, pause = time.monotonic() + LONGEST_WAIT, _FIRST_PAUSE
         while (held := await self._try(user_id, conversation_id)) is None:
-            if not self._wait or time.monotonic() + pause > deadline:
+            if not self._wait or in_vain() or time.monotonic() + pause > deadline:
                 raise ConversationBusy(retry_after=RETRY_AFTER)
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE, 1.5 * pause)

@@ -51,7 +51,7 @@ async def fit(
     `window` in tokens; None: nobody knows it, and nothing is cut. `reserve`: tokens that something else takes, as
     `reserved` says. `model`: the upstream's name for it.
     """
-    if window is None or not history:
+    if window is None or all(message.role in _SYSTEM for message in history):
         return history, 0
     room = window - reserve
     fixed = [_opened(message) for message in history if message.role in _SYSTEM]

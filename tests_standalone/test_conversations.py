@@ -672,6 +672,43 @@ async def test_a_client_that_goes_on_from_earlier_gets_a_branch(migrated: Databa
     assert [message["content"] for message in sent.messages] == ["one", "yes", "third", "yes", "now"]
 
 
+async def test_a_client_that_keeps_the_name_goes_on_with_its_branch(migrated: Database) -> None:
+    """It sends its own history and does not look at the reply's id."""
+    conversations = Conversations(migrated)
+    await say(conversations, migrated, "one", conversation_id="x")
+    await say(conversations, migrated, "two", conversation_id="x")
+    branch = await say(conversations, migrated, "one", YES, "other", conversation_id="x")
+    for history in (["one", YES, "other", YES, "next"], ["one", YES, "other", YES, "next", YES, "last"]):
+        talk, sent = await one_turn(conversations, migrated, request(*history, conversation_id="x"), YES)
+        assert talk.id == branch.id
+        assert len(sent.messages) == len(history)
+    assert await told(migrated, branch) == ["3 other", "4 yes", "5 next", "6 yes", "7 last", "8 yes"]
+    twig = await say(conversations, migrated, "one", YES, "other", YES, "again", conversation_id="x")
+    assert twig.parent == (branch.id, branch.pk, 4)
+    assert await rows(migrated, "SELECT * FROM turn_leases") == []
+
+
+async def test_a_client_that_leaves_out_older_messages_doubles_nothing(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, {"role": "system", "content": "s"}, "one", conversation_id="x")
+    await say(conversations, migrated, "two", conversation_id="x")
+    asked = request("two", YES, "three", conversation_id="x")
+    talk, sent = await one_turn(conversations, migrated, asked, YES)
+    assert talk.id == "x"
+    assert [message["content"] for message in sent.messages] == ["s", "one", "yes", "two", "yes", "three"]
+    assert await told(migrated, first) == ["1 s", "2 one", "3 yes", "4 two", "5 yes", "6 three", "7 yes"]
+
+
+async def test_a_first_answer_that_was_made_again_doubles_nothing(migrated: Database) -> None:
+    conversations = Conversations(migrated)
+    first = await say(conversations, migrated, "one", conversation_id="x")
+    await one_turn(conversations, migrated, request("one", conversation_id="x"), assistant("no"))
+    asked = request("one", assistant("no"), "two", conversation_id="x")
+    _, sent = await one_turn(conversations, migrated, asked, YES)
+    assert [message["content"] for message in sent.messages] == ["one", "yes", "one", "no", "two"]
+    assert await told(migrated, first) == ["1 one", "2 yes", "3 one", "4 no", "5 two", "6 yes"]
+
+
 async def test_a_foreign_history_is_new(migrated: Database) -> None:
     conversations = Conversations(migrated)
     await say(conversations, migrated, "one", conversation_id="x")

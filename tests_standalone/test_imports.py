@@ -57,6 +57,8 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "config_file": ("config_draft",),
     "config_values": ("config_draft", "config_file"),
     "config_sources": ("config_draft", "config_values"),
+    "config_limits": ("config_values",),
+    "config_models": ("config_values",),
     "config_backends": ("config_draft", "config_values", "backends.vendors"),
     "wire": (),
     "wire.*": ("errors", *WIRE),

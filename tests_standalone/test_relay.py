@@ -562,6 +562,7 @@ async def test_the_turn_comes_into_the_books_when_the_database_is_back(
     with pytest.raises(NotRecorded):
         await call(Upstream("up", answer(call)))
     rig.database.down = False
+    monkeypatch.setattr(ledgers, "DEADLINE", 60)
     await rig.ledger.record(ledgers.Turn([]))
     await rig.check_rows(OK_ROW)
     assert await rig.said() == SAID

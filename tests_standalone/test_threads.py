@@ -25,6 +25,7 @@ from gateway.threads import (
     partial,
     recognised,
     seed,
+    shortened,
 )
 from gateway.wire.chat import ChatRequest, Message
 from gateway.wire.jsontext import dumps
@@ -272,6 +273,35 @@ def test_an_answer_that_broke_off_is_recognised_and_what_follows_it() -> None:
     sent = [U1, assistant("Hello"), U2, A2, U3]
     assert recognised(START, kept, sent) == Known(4, chain(*sent[:4]), 4)
     assert recognised(START, kept, [U1, assistant("Bye"), U2, A2, U3]) is None
+
+
+def test_an_answer_is_known_by_its_stored_chain_and_nothing_is_read_for_it() -> None:
+    kept = [StoredMessage("", "user", "no JSON", None, chain(U1), seq=1)]
+    kept.append(StoredMessage("", "assistant", "no JSON", None, chain(U1, A1), seq=2))
+    assert recognised(START, kept, [SYSTEM, U1, A1, U2]) == Known(3, chain(U1, A1), 2)
+
+
+@pytest.mark.parametrize(
+    ("kept", "sent", "begin"),
+    [
+        ([U1, A1, U2, A2], [U2, A2, U3], 2),
+        ([U1, A1, U2, A2], [SYSTEM, user(" two\n"), A2, U3], 2),
+        ([U1, A1, SYSTEM, U2, A2], [A1, U2, A2, U3], 1),
+        ([U1, A1, U2, A2], [A2], 3),
+        ([U1, A1, U2, A2], [U1, A1, U3], None),
+        ([U1, A1, U2, A2], [U3], None),
+        ([U1, A1], [U2, A2, U1, A1, U3], None),
+        ([], [A1, U2], None),
+    ],
+)
+def test_a_shortened_history_is_the_end_of_the_stored_one(
+    kept: list[Message], sent: list[Message], begin: int | None
+) -> None:
+    assert shortened(stored(*kept), sent) == begin
+
+
+def test_a_shortened_history_may_end_with_an_answer_that_broke_off() -> None:
+    assert shortened(stored(U1, A1, U2, assistant("Hello wor"), cut=[4]), [U2, assistant("Hel"), U3]) == 2
 
 
 TEXTS = st.sampled_from(["a", "b", " a", "", "é\ud800"])

@@ -115,6 +115,22 @@ async def test_nobody_waits_for_ever(sqlite: Database, monkeypatch: pytest.Monke
         await leases.take("ann", "chat")
 
 
+async def test_who_waits_in_vain_gives_up(sqlite: Database) -> None:
+    """Its client has left, or the worker ends."""
+    leases = TurnLeases(sqlite, wait=True)
+    held = await leases.take("ann", "chat")
+    given_up = asyncio.Event()
+    waiting = asyncio.create_task(leases.take("ann", "chat", given_up.is_set))
+    await settle()
+    assert not waiting.done()
+    given_up.set()
+    with pytest.raises(ConversationBusy):
+        await waiting
+    held.let_go(recorded=False)
+    await leases.aclose()
+    assert await gone(sqlite)
+
+
 async def test_a_lease_is_renewed_while_it_is_held(migrated: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turn_leases, "RENEW_SECONDS", 0.02)
     leases = TurnLeases(migrated)

@@ -110,6 +110,12 @@ async def test_without_room_for_any_turn_system_and_question_are_sent(counter: T
     assert (shown(kept), omitted) == (["s:be"], 3)
 
 
+async def test_where_only_system_messages_are_stored_no_turn_is_left_out(counter: TokenCounter) -> None:
+    """The rest is the client's own."""
+    history = [stored("system", "be brief")]
+    assert await fit(history, ASKED, window=20, reserve=19, model=KNOWN, counter=counter) == (history, 0)
+
+
 async def test_a_turn_with_tool_calls_goes_or_stays_as_a_whole(counter: TokenCounter) -> None:
     tools = [
         stored("user", f"weather? {WORDS}"),

@@ -8,17 +8,19 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.routing import BaseRoute, Route
 
-from gateway.api.common import services
+from gateway.api.common import Services, services
 from gateway.api.own_body import (
     PAGE,
     Reader,
     choice_reader,
     flag_reader,
     is_id,
+    is_shown,
     list_of,
     metadata_reader,
     name_reader,
@@ -28,6 +30,7 @@ from gateway.api.own_body import (
     text_reader,
 )
 from gateway.api.shapes import entered, new_conversation, no_such_place, shown, shown_message
+from gateway.auth import Caller
 from gateway.errors import Conflict, NotFound
 from gateway.responses import Receive, Scope, Send, send_json
 from gateway.store import conversation_edits, conversation_reads
@@ -39,6 +42,7 @@ from gateway.wire.jsontext import dumps
 _GIVEN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _OWN_ID = re.compile(r"conv_[0-9a-f]{32}")
 _MOST_TAGS, _LONGEST_TAG = 32, 64
+_TRIES = 5
 _READ_ONLY = frozenset(
     {"object", "number", "user_id", "parent_id", "parent_seq", "image_urls", "message_count", "total_tokens_input"}
     | {"total_tokens_output", "total_cost", "created_at", "last_used"}
@@ -51,17 +55,20 @@ class MakeConversation:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = await entered(scope)
         fields = await read_fields(scope, receive, _NEW, _READ_ONLY)
-        now = int(time.time() * 1000)
-        found = services(scope)
-        session_id = fields.get("session_id") or await found.relay.ledger.session_of(caller.user_id, now)
-        new = new_conversation(caller, session_id, now, fields)
         try:
-            made = await conversation_edits.make(found.database, new)
+            made = await self._made(services(scope), caller, fields)
         except AlreadyThere:
             raise Conflict("You have a conversation with this id already.", param="id", code="already_exists") from None
-        except NoOpenSession:
-            raise NotFound("There is no open session with this id.", param="session_id") from None
         await send_json(send, 200, dumps(shown(made)))
+
+    async def _made(self, found: Services, caller: Caller, fields: Mapping[str, Any]) -> Conversation:
+        """In the current session; if somebody ends that just now, in the next one."""
+        named, now = fields.get("session_id"), int(time.time() * 1000)
+        for _ in range(1 if named else _TRIES):
+            session_id = named or await found.relay.ledger.session_of(caller.user_id, now)
+            with suppress(NoOpenSession):
+                return await conversation_edits.make(found.database, new_conversation(caller, session_id, now, fields))
+        raise NotFound("There is no open session with this id.", param="session_id")
 
 
 class ListConversations:
@@ -222,7 +229,7 @@ def _tags_reader(value: Any) -> list[str]:
     if not (
         isinstance(tags, list)
         and len(tags) <= _MOST_TAGS
-        and all(isinstance(tag, str) and 0 < len(tag) <= _LONGEST_TAG and tag.isprintable() for tag in tags)
+        and all(isinstance(tag, str) and 0 < len(tag) <= _LONGEST_TAG and is_shown(tag) for tag in tags)
     ):
         raise ValueError(f"must be a list of up to {_MOST_TAGS} texts of 1 to {_LONGEST_TAG} printable characters")
     return list(dict.fromkeys(tags))

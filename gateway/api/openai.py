@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from gateway.responses import (
     drive,
     send_json,
     way_out,
+    when_gone,
 )
 from gateway.talks import Talk
 from gateway.wire.chat import ChatRequest, CompletionRequest, text_of
@@ -56,7 +58,7 @@ class ChatCompletions:
         caller = await identify(scope)
         found.relay.ledger.check()
         request = self.request_type.parse(await read_json_body(scope, receive))
-        job = await self._job(scope, found, caller, request, started)
+        job = await self._job(scope, receive, found, caller, request, started)
         try:
             await self._answer(job, found, scope, receive, send)
         finally:
@@ -91,14 +93,14 @@ class ChatCompletions:
         await send_json(send, 200, reply.body, [*call_headers(exchange), *cost_header(reply.cost)])
 
     async def _job(
-        self, scope: Scope, found: Services, caller: Caller, request: ChatRequest, started: float
+        self, scope: Scope, receive: Receive, found: Services, caller: Caller, request: ChatRequest, started: float
     ) -> Job[ChatRequest]:
         model = await find_model(scope, caller, request.model)
         check_refused(found, caller, model, request.data)
         _check_policy(found, request)
         keep = stored.wanted(request, scope["state"]["request_id"], allowed=found.settings.conversations.store_content)
         named = end_user(scope, request.data)
-        talk = await self._talk(scope, found, caller, request, named)
+        talk = await self._talk(scope, receive, found, caller, request, named)
         try:
             await found.conversations.fit(talk, request, model)
             outgoing = self._prepared(found, request if keep is None else stored.for_upstream(request), talk)
@@ -110,10 +112,26 @@ class ChatCompletions:
         return Job(request_id, caller, named, model, outgoing, talk, request.wants_usage, keep=keep, started=started)
 
     async def _talk(
-        self, scope: Scope, found: Services, caller: Caller, request: ChatRequest, end_user: str | None
+        self,
+        scope: Scope,
+        receive: Receive,
+        found: Services,
+        caller: Caller,
+        request: ChatRequest,
+        end_user: str | None,
     ) -> Talk | None:
         group = _group(scope, found.settings.conversations.header)
-        return await found.conversations.open(caller, request, end_user, group)
+        if found.settings.conversations.busy != "wait" or "conversation_id" not in request.data:
+            return await found.conversations.open(caller, request, end_user, group)
+        left = asyncio.Event()
+        forget = when_gone(receive, left.set)
+        try:
+            return await found.conversations.open(
+                caller, request, end_user, group, lambda: left.is_set() or found.drain.stopping
+            )
+        finally:
+            forget()
+            scope["state"]["client_left"] = left.is_set()
 
     def _prepared(self, found: Services, request: ChatRequest, talk: Talk | None) -> ChatRequest:
         return found.conversations.prepare(request, talk)
@@ -125,12 +143,19 @@ class Completions(ChatCompletions):
     request_type = CompletionRequest
 
     async def _talk(
-        self, scope: Scope, found: Services, caller: Caller, request: ChatRequest, end_user: str | None
+        self,
+        scope: Scope,
+        receive: Receive,
+        found: Services,
+        caller: Caller,
+        request: ChatRequest,
+        end_user: str | None,
     ) -> Talk | None:
         return None
 
     def _prepared(self, found: Services, request: ChatRequest, talk: Talk | None) -> ChatRequest:
-        return request
+        """As it came, but for a field of ours that no upstream knows."""
+        return request.with_fields(conversation_id=None) if "conversation_id" in request.data else request
 
 
 class Models:

@@ -25,6 +25,8 @@ Reader = Callable[[Any], Any]
 MOST_LISTED = 100
 _MOST_PAIRS, _LONGEST_KEY, _LONGEST_VALUE = 16, 64, 512
 _NANO = 10**9
+_JOINERS = dict.fromkeys((0x200C, 0x200D))
+"""Python calls them unprintable, and Persian words and many emoji are written with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +121,14 @@ def limit_reader(most: int = MOST_LISTED) -> Reader:
 
 def name_reader(value: str) -> str:
     """An id or another name."""
-    if not (value and len(value) <= 256 and value.isprintable()):
+    if not (value and len(value) <= 256 and is_shown(value)):
         raise ValueError("must be 1 to 256 printable characters")
     return value
+
+
+def is_shown(text: str) -> bool:
+    """Without what nobody sees, and what no column of texts takes."""
+    return text.translate(_JOINERS).isprintable()
 
 
 def choice_reader(**choices: Any) -> Reader:

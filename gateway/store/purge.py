@@ -1,7 +1,7 @@
 """Removing conversations for good, a few rows at a time. What they cost stays in `usage_rows`.
 
 - What is to go is deleted first (`deleted_at`), so that no reader and no new turn finds it. `EXPIRED` is the time of
-  what nobody may bring back.
+  what nobody may bring back: it is set before the first message goes, and nothing is taken from what does not have it.
 - A turn that is on its way when its conversation goes leaves nothing: it touches the conversation's row before it adds
   messages, and adds them only if that row is there (`store.conversations`). So the row goes first, and the messages in
   the same transaction after it.
@@ -37,23 +37,26 @@ _DUE = """
     WHERE deleted_at IS NOT NULL AND deleted_at < $1 AND (deleted_at, number) > ($2, $3)
     ORDER BY deleted_at, number LIMIT $4"""
 
+# Somebody may have brought it back since it was found, and deleted it again.
+CLAIM = "UPDATE conversations SET deleted_at = 0 WHERE pk = $1 AND deleted_at = $2"
+
 TRIM = """
     DELETE FROM messages WHERE conversation_pk = $1 AND seq IN (
         SELECT seq FROM messages WHERE conversation_pk = $1 AND seq > $2 ORDER BY seq LIMIT 500)
-    AND EXISTS (SELECT 1 FROM conversations WHERE pk = $1 AND deleted_at IS NOT NULL)"""
+    AND EXISTS (SELECT 1 FROM conversations WHERE pk = $1 AND deleted_at = 0)"""
 
 REMOVE = """
-    DELETE FROM conversations WHERE pk = $1 AND deleted_at IS NOT NULL
+    DELETE FROM conversations WHERE pk = $1 AND deleted_at = 0
         AND NOT EXISTS (SELECT 1 FROM conversations b WHERE b.parent_pk = $1)"""
 
 STRIP = """
-    UPDATE conversations SET title = NULL, summary = NULL, metadata = '{}', tags = '[]', image_urls = '[]',
-        deleted_at = 0
-    WHERE pk = $1 AND deleted_at IS NOT NULL AND (deleted_at > 0 OR title IS NOT NULL)"""
+    UPDATE conversations SET title = NULL, summary = NULL, metadata = '{}', tags = '[]', image_urls = '[]'
+    WHERE pk = $1 AND deleted_at = 0
+        AND (title IS NOT NULL OR summary IS NOT NULL OR metadata <> '{}' OR tags <> '[]' OR image_urls <> '[]')"""
 
 FORGET_TAGS = """
     DELETE FROM conversation_tags
-    WHERE number IN (SELECT number FROM conversations WHERE pk = $1 AND deleted_at IS NOT NULL)"""
+    WHERE number IN (SELECT number FROM conversations WHERE pk = $1 AND deleted_at = 0)"""
 
 REMOVE_MESSAGES = """
     DELETE FROM messages WHERE conversation_pk = $1 AND NOT EXISTS (SELECT 1 FROM conversations WHERE pk = $1)"""
@@ -98,6 +101,8 @@ async def due(database: Database, before: int, after: tuple[int, int] = (-1, 0),
 
 async def remove(database: Database, batch: Sequence[Due], *, idle_since: int) -> None:
     """What is left of them: rows of theirs, and their sessions, if they are empty and over."""
+    claimed = sorted((one.pk, one.deleted_at) for one in batch if one.deleted_at != EXPIRED)
+    await database.write([(CLAIM, claimed)])
     for one in batch:
         await _trim(database, one)
     gone: list[Due] = []

@@ -73,12 +73,13 @@ LISTS = {
 COUNT = "SELECT COUNT(*) AS sessions FROM sessions WHERE user_id || '' = $1"
 
 # The newest messages of each of the newest conversations, so that no more are sorted than could be asked for. What a
-# branch shares is its parent's. The conditions are those of a list (conversation_reads), for the same planners.
+# branch shares is its parent's. The conditions are those of a list (conversation_reads), for the same planners. That
+# `number > 0` holds for all is not known to PostgreSQL without statistics: it expects fewer, and takes the index.
 MESSAGES = f"""
     SELECT {MESSAGE_COLUMNS}
     FROM (
         SELECT c.pk, c.number, c.message_count FROM conversations c
-        WHERE c.session_id = $2 AND COALESCE(c.user_id, '') = $1
+        WHERE c.session_id = $2 AND c.number > 0 AND COALESCE(c.user_id, '') = $1
             AND CASE WHEN c.deleted_at IS NULL THEN 0 ELSE 1 END <> 1
         ORDER BY c.number DESC LIMIT $4) AS n
     JOIN messages m ON m.conversation_pk = n.pk AND m.seq > n.message_count - CAST($3 AS BIGINT)

@@ -54,9 +54,10 @@ ALSO_LABELLED = """
     AND (SELECT 1 FROM stored_labels o
         WHERE o.completion_pk = l.completion_pk AND o.label = ${} AND (o.user_id = $1) IS TRUE) = 1"""
 
+# In the order of the index: else PostgreSQL may read the table from its beginning until it has met so many.
 _HOW_MANY = """
     SELECT COUNT(*) AS many FROM (
-        SELECT 1 FROM stored_labels WHERE user_id = $1 AND label = $2 LIMIT $3
+        SELECT 1 FROM stored_labels WHERE user_id = $1 AND label = $2 ORDER BY completion_pk LIMIT $3
     ) AS counted"""
 
 # Changes nothing, and holds the row until the transaction ends.

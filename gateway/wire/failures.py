@@ -17,6 +17,7 @@ from gateway.errors import UpstreamError
 _PASSED = frozenset({400, 404, 409, 413, 415, 422})
 _OPERATORS = {401: "the gateway's key", 402: "the gateway's balance", 403: "the gateway's permissions"}
 _MOST_WORDS = 2000
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]+")
 _DELAY = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,9})?)s")
 
 
@@ -90,8 +91,8 @@ def error_from(data: object, status: int, headers: Mapping[str, str]) -> Upstrea
 
 
 def _for_the_log(how: str, fields: Mapping[str, str | None]) -> str:
-    """Never the upstream's sentence: it may quote a prompt or a key."""
-    words = {key: value for key, value in fields.items() if value and key != "param" and " " not in value}
+    """Never the upstream's sentence: it may quote a prompt or a key. Some languages write sentences without spaces."""
+    words = {key: value for key, value in fields.items() if value and key != "param" and _NAME.fullmatch(value)}
     return f"the upstream failed {how} {' '.join(f'{key}={value[:80]}' for key, value in words.items())}".rstrip()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -237,3 +238,18 @@ async def test_bodies_are_json_and_say_so(app: App) -> None:
 async def test_refusals_and_unknown_callers_are_told_in_the_same_manner(app: App) -> None:
     answer = await app.call("GET", "/conversations", headers={"authorization": "Bearer sk-wrong"})
     assert error(answer)[0] == 401
+
+
+@pytest.mark.parametrize("tag", ["می\u200cخواهم", "👩\u200d💻", "a & b"])
+async def test_a_tag_in_any_language(app: App, tag: str) -> None:
+    made = await told(app, "POST", "/conversations", {"tags": [tag]})
+    found = await told(app, "GET", f"/conversations?tag={quote(tag)}")
+    assert [one["id"] for one in found["data"]] == [made["id"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"), [("/conversations", "GET, HEAD, POST"), ("/conversations/x", "DELETE, GET, HEAD, PATCH, POST")]
+)
+async def test_a_wrong_method_is_told_all_that_there_are(app: App, path: str, methods: str) -> None:
+    answer = await ask(app, "PUT", path)
+    assert (answer.status, answer.headers["allow"]) == (405, methods)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,18 @@ async def test_sessions_in_pages_and_statistics(app: App) -> None:
     }  # fmt: skip
 
 
+async def test_one_that_is_ended_meanwhile_is_in_nobodys_way(app: App) -> None:
+    for _ in range(20):
+        current = (await told(app, "POST", "/conversations"))["session_id"]
+        ended = told(app, "POST", f"/sessions/{current}/end")
+        await asyncio.gather(ended, *(told(app, "POST", "/conversations") for _ in range(6)))
+
+
 async def test_what_is_not_there(app: App) -> None:
     for method, path in (("GET", "/sessions/none"), ("POST", "/sessions/none/end")):
         assert error(await ask(app, method, path)) == (404, "not_found", "id")
     assert (await told(app, "GET", "/users/nobody/stats"))["session_count"] == 0, "an admin may ask for any"
     assert error(await ask(app, "POST", "/sessions", {"tags": []})) == (400, "unknown_parameter", "tags")
     assert error(await ask(app, "POST", "/sessions", {"title": 5})) == (400, "invalid_value", "title")
+    opened = await told(app, "POST", "/sessions")
+    assert error(await ask(app, "POST", f"/sessions/{opened['id']}/end", {"a": 1})) == (400, "unknown_parameter", "a")

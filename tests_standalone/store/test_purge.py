@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.store import conversations, purge, sessions
+from gateway.store import conversation_edits, conversations, purge, sessions
 from gateway.store.conversations import ConversationTurn, Parent, StoredMessage
 from gateway.store.database import Database
 from tests_standalone.conftest import NOON, opened, rows
@@ -127,6 +127,37 @@ async def test_what_is_undeleted_meanwhile_stays(migrated: Database) -> None:
     await migrated.write([("UPDATE conversations SET deleted_at = NULL", [()])])
     await purge.remove(migrated, found, idle_since=0)
     assert await left(migrated) == {"pk_chat": ["a"]}
+
+
+@pytest.mark.parametrize("deleted_again", [False, True])
+async def test_a_long_one_that_is_undeleted_while_others_go_keeps_its_beginning(
+    migrated: Database, monkeypatch: pytest.MonkeyPatch, deleted_again: bool
+) -> None:
+    monkeypatch.setattr(purge, "ROWS_AT_ONCE", 2)
+    await save(migrated, turn("back", *"abcdef"))
+    await mark_deleted(migrated, NOON - DAY, "back")
+    found = await purge.due(migrated, NOON)
+    assert await conversation_edits.undelete(migrated, "ann", "back") is not None
+    if deleted_again:
+        await conversation_edits.delete(migrated, "ann", "back", NOON)
+    await purge.remove(migrated, found, idle_since=0)
+    assert await left(migrated) == {"pk_back": [*"abcdef"]}
+
+
+async def test_what_has_begun_to_go_cannot_be_brought_back(migrated: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def die(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(purge, "ROWS_AT_ONCE", 2)
+    await save(migrated, turn("gone", *"abcdef"))
+    await mark_deleted(migrated, NOON - DAY, "gone")
+    with monkeypatch.context() as dying:
+        dying.setattr(purge, "_remove", die)
+        with pytest.raises(asyncio.CancelledError):
+            await remove_all(migrated, NOON)
+    assert await conversation_edits.undelete(migrated, "ann", "gone") is None
+    await remove_all(migrated, NOON)
+    assert await left(migrated) == {}
 
 
 async def test_a_turn_that_comes_too_late_leaves_nothing(migrated: Database) -> None:

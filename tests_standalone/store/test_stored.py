@@ -95,3 +95,15 @@ async def test_delete_leaves_nothing_and_only_ones_own(migrated: Database) -> No
     assert await rows(migrated, "SELECT pk FROM stored_completions ORDER BY pk") == [("s_ann2",), ("s_bob1",)]
     labels = "SELECT completion_pk FROM stored_labels ORDER BY completion_pk"
     assert await rows(migrated, labels) == [("s_ann2",), ("s_bob1",)]
+
+
+async def test_a_frequent_label_is_counted_by_its_index(migrated: Database) -> None:
+    """The planner takes it to be everywhere, and it is only at the end of the table."""
+    labelled = [(f"s_{number:05}", label, "ann") for label in ("another", "wanted") for number in range(4000)]
+    await migrated.write([(stored.INSERT_LABEL, labelled), ("ANALYZE", [()])])
+    explain = "EXPLAIN QUERY PLAN " if migrated.dialect == "sqlite" else "EXPLAIN "
+    sql = stored._HOW_MANY.replace("$1", "'ann'").replace("$2", "'wanted'").replace("$3", "100")
+    async with migrated.transaction() as transaction:
+        plan = "\n".join(str(tuple(row)) for row in await transaction.fetch(explain + sql))
+    assert "stored_labels_by_user" in plan
+    assert "Seq Scan" not in plan

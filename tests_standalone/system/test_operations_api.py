@@ -156,8 +156,13 @@ async def test_the_older_completions_in_a_stream(client: AsyncOpenAI, gateway: G
     assert float(row["cost_usd"]) == dollars(3, 3)
 
 
-async def test_the_older_completions_whole(client: AsyncOpenAI, gateway: GatewayProcess) -> None:
-    answer = await client.completions.create(model="text", prompt=["one two", "three"])
+async def test_the_older_completions_whole(
+    client: AsyncOpenAI, gateway: GatewayProcess, upstream: ScriptedUpstream
+) -> None:
+    """They belong to no conversation, and a field of ours is none of the upstream's."""
+    options: dict[str, Any] = {"extra_body": {"conversation_id": "x"}}
+    answer = await client.completions.create(model="text", prompt=["one two", "three"], **options)
+    assert "conversation_id" not in upstream.tally[0].request
     assert answer.choices[0].text == "one two three"
     assert answer.usage is not None
     assert answer.usage.model_extra == {"cost": dollars(3, 3)}

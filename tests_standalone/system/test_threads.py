@@ -243,6 +243,31 @@ async def test_a_turn_can_wait_for_the_one_before(upstream: ScriptedUpstream, st
     assert rows[0] == {"omitted_turns": omitted}
 
 
+async def test_who_waits_gives_up_with_its_client_or_its_worker(upstream: ScriptedUpstream, start: Start) -> None:
+    gateway = await start(in_front_of(upstream, conversations={"busy": "wait"}))
+    running = asyncio.create_task(say(gateway, "one", model="held-headers", conversation_id="chat"))
+    await eventually(lambda: query(gateway, "SELECT 1 AS found FROM turn_leases"))
+    asked = {"model": "answer", "conversation_id": "chat", "messages": [user("two")]}
+    _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(request_bytes("POST", "/v1/chat/completions", body=asked))
+    await asyncio.sleep(0.2)
+    writer.close()
+
+    async def logged() -> bool:
+        return '"status":499' in gateway.logs()
+
+    assert await eventually(logged)
+    waiting = asyncio.create_task(say(gateway, "three", conversation_id="chat"))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    gateway.terminate()
+    assert (await waiting).status == 409
+    assert not running.done()
+    upstream.release()
+    assert (await running).status == 200
+    assert len(upstream.tally) == 1
+
+
 async def test_the_lease_of_a_worker_that_is_killed_runs_out(
     upstream: ScriptedUpstream, start: Start, database_url: str
 ) -> None:

@@ -76,6 +76,11 @@ class TestShapes:
         assert fields(failure) == (400, "invalid_request_error", "Client specified an invalid argument", None)
         assert "Client" not in (failure.log or "")
 
+    def test_a_sentence_without_spaces_stays_out_of_the_log(self) -> None:
+        failure = error_from({"error": {"message": WORDS, "type": "bad_request", "code": "提示词不合规"}}, 400, {})
+        assert failure.code == "提示词不合规"
+        assert failure.log == "the upstream failed with status 400 type=bad_request"
+
     def test_azures_gateway(self) -> None:
         failure = error_from({"statusCode": 401, "message": "Access denied due to invalid key."}, 401, {})
         assert fields(failure) == (502, "upstream_error", "upstream_error", None)
