@@ -79,14 +79,14 @@ class Conversations:
         group: str | None = None,
         in_vain: Callable[[], bool] = lambda: False,
     ) -> Talk | None:
-        """None: this call is no turn. `group`: the id that a header gives. `in_vain`: need nobody wait any more? Raises
-        BadRequest, NotFound, ConversationBusy, DatabaseUnavailable."""
+        """None: this call is no turn. `group`: the id that a header gives, "" where it says that this is no chat.
+        `in_vain`: need nobody wait any more? Raises BadRequest, NotFound, ConversationBusy, DatabaseUnavailable."""
         wanted, end_user = request.data.get("conversation_id"), clean(end_user)
         if self._threading == "off":
             return None
         if wanted is not None:
             talk = await self._named(caller, wanted, request, end_user, in_vain)
-        elif threads.is_background(request):
+        elif group == "" or threads.is_background(request):
             return None
         elif group is not None:
             talk = await self._grouped(caller, group, request, end_user)

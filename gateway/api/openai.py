@@ -26,7 +26,6 @@ from gateway.backends.base import ModelInfo
 from gateway.call import Job
 from gateway.conversations import given_id
 from gateway.errors import BadRequest, ModelNotFound
-from gateway.middleware import header
 from gateway.relay import Exchange, StreamExchange
 from gateway.responses import (
     EVENT_STREAM,
@@ -45,7 +44,7 @@ from gateway.talks import Talk
 from gateway.wire.chat import ChatRequest, CompletionRequest, text_of
 from gateway.wire.jsontext import dumps
 
-_GROUP_HEADERS = (b"x-openwebui-chat-id", b"chatui-conversation-id")
+_GROUP_HEADERS = (b"x-conversation-id", b"x-openwebui-chat-id", b"chatui-conversation-id")
 
 
 class ChatCompletions:
@@ -211,23 +210,22 @@ def _check_policy(found: Services, request: ChatRequest) -> None:
 
 
 def _group(scope: Scope, extra: str | None) -> str | None:
-    """The conversation that a header names (contract, section 5, rule 2). A frontend's own word for a chat that it does
-    not keep may be anything, and is none."""
-    told = header(scope, b"x-conversation-id")
-    if told:
-        named = given_id(told.decode("latin-1"))
-        if named is None:
-            raise BadRequest(
-                "'X-Conversation-Id' must be 1 to 128 letters, digits, '-' or '_'.",
-                param="x-conversation-id",
-                code="invalid_value",
-            )
-        return named
-    for name in _GROUP_HEADERS if extra is None else (*_GROUP_HEADERS, extra.lower().encode()):
-        told = header(scope, name)
-        if told and (named := given_id(told.decode("latin-1"))) is not None:
-            return named
-    return None
+    """The conversation that a header names (contract, section 5, rule 2); "": a frontend says that there is none. A
+    frontend's own word for a chat that it does not keep may be anything, and is none."""
+    names = _GROUP_HEADERS if extra is None else (*_GROUP_HEADERS, extra.lower().encode())
+    told = {name: value.decode("latin-1") for name, value in scope["headers"] if name in names}
+    if not told:
+        return None
+    if told.get(b"x-conversation-id") and given_id(told[b"x-conversation-id"]) is None:
+        raise BadRequest(
+            "'X-Conversation-Id' must be 1 to 128 letters, digits, '-' or '_'.",
+            param="x-conversation-id",
+            code="invalid_value",
+        )
+    named = [given_id(told[name]) for name in names if told.get(name)]
+    found = next((one for one in named if one is not None), None)
+    # chat-ui has an id for every chat, and sends an empty one when it asks for a title.
+    return "" if found is None and told.get(b"chatui-conversation-id") == "" else found
 
 
 def _may_see(caller: Caller, name: str) -> bool:

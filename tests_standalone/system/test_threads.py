@@ -209,6 +209,9 @@ async def test_a_header_groups_and_refuses_nobody(gateway: GatewayProcess, upstr
     title = await say(gateway, "### Task:\nGenerate a title", headers=header)
     assert title.status == 200
     assert "conversation_id" not in title.json
+    of_chat_ui = await say(gateway, 'User message: "one"', headers={"chatui-conversation-id": ""})
+    assert of_chat_ui.status == 200
+    assert "conversation_id" not in of_chat_ui.json
     assert await ids(gateway) == {"7c5a"}
     assert [line.split()[0] for line in await stored(gateway, "7c5a")] == ["1", "2", "3", "4"]
     same = [say(gateway, *history, "three", model="slow-headers", headers=header) for _ in range(4)]
