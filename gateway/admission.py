@@ -51,7 +51,11 @@ class AdmissionMetrics(Protocol):
 
 
 class Book(Protocol):
-    """Where limits are counted for all workers. Both raise DatabaseUnavailable."""
+    """Where limits are counted for all workers. Both methods raise DatabaseUnavailable."""
+
+    @property
+    def is_cut(self) -> bool:
+        """May it be gone, whatever it said a moment ago?"""
 
     async def admit(self, batch: Batch) -> Verdict: ...
 
@@ -221,7 +225,7 @@ class Admission:
     # --- ahead
 
     def _held_ahead(self, accounts: Sequence[Account], demand: Demand) -> Offer | None:
-        if isinstance(self._book, MemoryBook):
+        if isinstance(self._book, MemoryBook) or self._book.is_cut:
             return None
         name = self._pulse.name
         grant = self._slices.take(name, accounts, demand.tokens, demand.cost or 0)

@@ -24,6 +24,10 @@ class DatabaseBook:
         self._database = database
         self._swept_to = ""
 
+    @property
+    def is_cut(self) -> bool:
+        return self._database.is_cut
+
     async def admit(self, batch: Batch) -> Verdict:
         return await limits.admit(self._database, batch)
 

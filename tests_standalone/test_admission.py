@@ -39,6 +39,7 @@ class Line:
 
     def __init__(self, database: Database) -> None:
         self._book = DatabaseBook(database)
+        self.is_cut = False
         self._open = asyncio.Event()
         self._open.set()
         self.down = False
@@ -495,6 +496,14 @@ async def test_a_busy_worker_lets_calls_in_without_asking(busy: Stand) -> None:
     assert [held.slots for held in ticket.holds] == [1]
     assert b"x-ratelimit-remaining-requests" in dict(ticket.headers)
     busy.line.let_go()
+
+
+async def test_a_database_that_closes_its_connections_lets_in_nobody(busy: Stand) -> None:
+    await busy.admit()
+    busy.line.is_cut = busy.line.down = True
+    with pytest.raises(DatabaseUnavailable):
+        await busy.admit()
+    busy.line.is_cut = busy.line.down = False
 
 
 async def test_a_silent_database_lets_in_nobody_for_long(busy: Stand) -> None:

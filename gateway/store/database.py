@@ -62,6 +62,10 @@ class Database(Protocol):
     @property
     def pool_use(self) -> PoolUse: ...
 
+    @property
+    def is_cut(self) -> bool:
+        """Has the server closed a connection that nobody uses? Then it may be gone, whatever it said a moment ago."""
+
     async def open(self) -> None:
         """Connects. Called again after a failure; once it has returned, connections are renewed by themselves."""
 

@@ -68,6 +68,10 @@ class PostgresDatabase:
             return PoolUse(0, 0, self._pool_size)
         return PoolUse(self._pool.busy, self._pool.size, self._pool_size)
 
+    @property
+    def is_cut(self) -> bool:
+        return self._pool is None or self._pool.is_cut
+
     async def open(self) -> None:
         if self._pool is not None:
             return

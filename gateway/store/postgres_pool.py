@@ -50,6 +50,11 @@ class Pool:
     def busy(self) -> int:
         return self.size - len(self._idle)
 
+    @property
+    def is_cut(self) -> bool:
+        """Was a free connection closed by the other side?"""
+        return any(connection.is_closed() for connection, _ in self._idle)
+
     def take_idle(self) -> Connection | None:
         """A free connection, if there is one: what `take` gives without waiting."""
         while self._idle:

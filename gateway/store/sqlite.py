@@ -83,6 +83,10 @@ class SqliteDatabase:
         threads = [thread for thread in (self._writer, self._reader) if thread is not None]
         return PoolUse(sum(thread.busy for thread in threads), sum(thread.is_open for thread in threads), 2)
 
+    @property
+    def is_cut(self) -> bool:
+        return False
+
     async def open(self) -> None:
         if self._writer is not None:
             return

@@ -237,6 +237,13 @@ async def book(gateway: GatewayProcess, subject: str) -> Book:
     return Book(*(int(value) for value in found.values()))
 
 
+async def settled_book(gateway: GatewayProcess, subject: str) -> Book:
+    """Once nothing is held: what workers hold ahead goes back when nobody calls any more."""
+    while (found := await book(gateway, subject)).holds != (0, 0, 0):
+        await asyncio.sleep(0.05)
+    return found
+
+
 async def charged(gateway: GatewayProcess) -> tuple[int, int]:
     """Tokens and nano-dollars of all calls that were charged, by their rows."""
     sums = "COALESCE(SUM(input_tokens + output_tokens), 0) AS tokens, COALESCE(SUM(cost_nanousd), 0) AS cost"

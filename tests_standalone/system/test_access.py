@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.slices import GOOD_SECONDS
 from tests_standalone.support.databases import running_postgres
 from tests_standalone.support.gateway import GatewayProcess, clean_environment, free_port
 from tests_standalone.system.conftest import Start
@@ -126,6 +127,7 @@ async def test_a_stopped_database_lets_nobody_in(start: Start) -> None:
     gateway = await start({"database": {"url": server.create_database()}})
     assert (await ask(gateway)).status == 200
     server.pause()
+    await asyncio.sleep(GOOD_SECONDS)
     try:
         for headers in ({}, {"authorization": "Bearer sk-unknown"}):
             answer = await ask(gateway, **headers)

@@ -278,13 +278,13 @@ async def test_a17_methods(gateway: GatewayProcess) -> None:
     for line, statuses in (
         ("TRACE /v1/models", {405}),
         ("TRACE /v1/chat/completions", {405}),
-        ("HEAD /v1/chat/completions", {405}),
+        ("HEAD /v1/completions", {405}),
         ("HEAD /admin/keys/x/rotate", {405}),
         ("get /v1/models", {400, 405}),
         ("post /v1/chat/completions", {400, 405}),
         ("FOO /v1/models", {400, 405}),
         ("PUT /v1/chat/completions", {405}),
-        ("GET /v1/chat/completions", {405}),
+        ("GET /v1/completions", {405}),
         ("CONNECT /v1/models", {400, 405}),
     ):
         answer = await raw(gateway, [f"{line} HTTP/1.1", *sent])

@@ -16,7 +16,7 @@ from tests_standalone.support.gateway import GatewayProcess
 from tests_standalone.support.upstream import ScriptedUpstream
 from tests_standalone.system.conftest import PRICE, Start
 from tests_standalone.system.http import Answer, chat
-from tests_standalone.system.limited import Key, book, charged, keyed, lines
+from tests_standalone.system.limited import Key, charged, keyed, lines, settled_book
 
 BACK_WITHIN = 30.0
 CALLS = 8
@@ -109,7 +109,7 @@ async def test_what_a_killed_gateway_held_comes_back(
 
 async def _nothing_is_held(gateway: GatewayProcess, key: Key, calls: int) -> None:
     """And the book has what the calls that were recorded cost."""
-    found = await book(gateway, key.subject)
+    found = await settled_book(gateway, key.subject)
     rows = await asyncio.to_thread(gateway.query, "SELECT status FROM usage_view")
     assert [row["status"] for row in rows] == ["ok"] * calls
     assert found.holds == (0, 0, 0)

@@ -15,7 +15,7 @@ from tests_standalone.support.gateway import GatewayProcess, free_port
 from tests_standalone.support.upstream import ScriptedUpstream
 from tests_standalone.system.conftest import PRICE, Start
 from tests_standalone.system.http import Answer, call, chat, request_bytes
-from tests_standalone.system.limited import Key, book, charged, held, keyed
+from tests_standalone.system.limited import Key, book, charged, held, keyed, settled_book
 
 SCRIPTS = (
     "answer", "no-usage", "tools", "cached", "error-400", "error-429", "error-500", "fail-once", "cut-fin",
@@ -69,7 +69,7 @@ async def test_a94_two_hundred_at_once_and_a_budget_for_one(
     for answer in answers:
         if answer.status != 200:
             check_quota(answer)
-    found = await book(gateway, key.subject)
+    found = await settled_book(gateway, key.subject)
     print(f"budget for one: {len(let_in)} of 200 let in, {found.spent} of {budget} nano-dollars spent")
     assert len(let_in) == len(upstream.tally) == 1
     assert found.spent == (await charged(gateway))[1] == used <= budget
@@ -95,10 +95,9 @@ async def test_a_budget_is_used_up_but_not_overspent(gateway: GatewayProcess, pe
                 return
 
     await asyncio.gather(*(client() for _ in range(12)))
-    found = await book(gateway, key.subject)
+    found = await settled_book(gateway, key.subject)
     print(f"budget for a {period}: {found.spent} of {budget} nano-dollars spent by {codes.count(200)} calls")
     assert 0.9 * budget < found.spent == (await charged(gateway))[1] <= budget
-    assert found.holds == (0, 0, 0)
     await key.update("--budget", "1")
     while (await key.ask(costing(300))).status == 429:
         await asyncio.sleep(0.1)

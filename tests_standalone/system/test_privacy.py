@@ -95,11 +95,9 @@ async def gateway_with(
 async def recorded(gateway: GatewayProcess) -> None:
     """Waits for the calls whose clients left."""
 
-    async def check() -> bool:
-        status = "SELECT COUNT(*) AS count FROM usage_rows WHERE status = 'client_disconnected'"
-        return bool(gateway.query(status)[0]["count"] == 2)
-
-    await eventually(check)
+    status = "SELECT COUNT(*) AS count FROM usage_rows WHERE status = 'client_disconnected'"
+    while gateway.query(status)[0]["count"] != 2:
+        await asyncio.sleep(0.05)
 
 
 async def test_what_is_said_is_written_nowhere_and_what_it_costs_is(
