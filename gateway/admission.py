@@ -16,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +37,7 @@ log = logging.getLogger("gateway.admission")
 MOST_CLAIMS = 500
 ATTEMPTS = 5
 SWEEP_SECONDS = 60.0
+CLOSING_SECONDS = 2.0
 
 
 class AdmissionMetrics(Protocol):
@@ -109,16 +111,21 @@ class Admission:
             self._beating = asyncio.create_task(self._keep_beating(self._book), name="admission")
 
     async def aclose(self) -> None:
+        """Gives back what is held ahead, that too which an exchange on its way is lent. What a silent database does not
+        take comes back like that of a killed worker."""
         if self._beating is not None:
             self._beating.cancel()
             await asyncio.wait({self._beating})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_SECONDS):
+                await self._at_rest()
+                self._slices.give_up()
+                if self._released or self._slices.due:
+                    self._ensure_running()
+                await self._at_rest()
         if self._looking is not None:
             self._looking.cancel()
-        self._slices.give_up()
-        if self._released or self._slices.due:
-            self._ensure_running()
         if self._running is not None:
-            await asyncio.wait({self._running}, timeout=2)
             self._running.cancel()
 
     # --- calls
@@ -230,7 +237,6 @@ class Admission:
         name = self._pulse.name
         grant = self._slices.take(name, accounts, demand.tokens, demand.cost or 0)
         if grant is None:
-            self._slices.count(accounts, demand.tokens, demand.cost or 0)
             return None
         if self._slices.due:
             self._ensure_running()
@@ -271,6 +277,10 @@ class Admission:
             assert not isinstance(self._book, MemoryBook)
             self._running = asyncio.get_running_loop().create_task(self._run(self._book), name="admission")
 
+    async def _at_rest(self) -> None:
+        while self._running is not None and not self._running.done():
+            await asyncio.wait({self._running})
+
     async def _run(self, book: Book) -> None:
         while self._waiting or self._released or self._slices.due:
             batch, self._waiting = self._waiting[:MOST_CLAIMS], self._waiting[MOST_CLAIMS:]
@@ -295,7 +305,6 @@ class Admission:
         self._pulse.check()
         name, asked_at = self._pulse.name, self._slices.now()
         wishes = self._slices.wishes(name, accounts, places)
-        self._keep_looking()
         asked = Batch(
             name,
             accounts,
@@ -319,10 +328,13 @@ class Admission:
             ticket = ticket_for(name, waiting.demand, asked_of, grant)
             if ticket.holds:
                 self._pulse.entered(name)
+            if not grant.reason:
+                self._slices.count(asked_of, claim.tokens, claim.cost)
             if waiting.answer.done():  # its caller has gone
                 self._released += self.settle(ticket, 0, 0)
             else:
                 waiting.answer.set_result(Offer(grant, ticket, asked_of, state))
+        self._keep_looking()
 
     # --- signs of life
 

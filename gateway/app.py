@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route, Router
 
 from gateway import __version__
+from gateway.admission import Admission
 from gateway.api import admin, admin_keys, admin_users, conversations, openai, operations, ops, sessions, stored
 from gateway.api.common import Readiness, Services
 from gateway.auth import Auth
@@ -102,19 +104,25 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: object) -> AsyncIterator[dict[str, Any]]:
-        settings = self.settings
-        database = database_at(
-            settings.database.url,
-            pool_size=settings.database.pool_size,
-            statement_cache=settings.database.statement_cache,
-        )
-        transports = {access: HTTPTransport(access) for access in accesses(settings)}
-        counter = TokenCounter()
         try:
-            catalog = build_catalog(settings, transports)
+            parts = self._made()
         except ConfigError as failure:
             self._problems = failure.problems
             raise
+        opening = parts.bring_up()
+        try:
+            await asyncio.wait({opening}, timeout=3)
+            parts.start()
+            yield {"services": parts.services, "endpoints": _endpoints(), "metrics": parts.metrics}
+        finally:
+            await parts.aclose(opening)
+
+    def _made(self) -> _Parts:
+        settings = self.settings
+        database = _database(settings)
+        transports = {access: HTTPTransport(access) for access in accesses(settings)}
+        counter = TokenCounter()
+        catalog = build_catalog(settings, transports)
         metrics = Metrics(public_names(catalog, settings.models), __version__)
         watch, readiness = KeyWatch(database), Readiness()
         auth = _auth(settings, database, watch)
@@ -142,29 +150,50 @@ class Gateway:
             drain=self.drain,
             readiness=readiness,
         )
-        opening = asyncio.create_task(_bring_up(database, readiness, auto_migrate=settings.database.auto_migrate))
-        opening.add_done_callback(lambda opened: None if opened.cancelled() else admission.start())
-        opening.add_done_callback(lambda opened: None if opened.cancelled() else purge.start())
-        try:
-            await asyncio.wait({opening}, timeout=3)
-            ledger.start()
-            catalog.start()
-            metrics.watch(database, ledger)
-            yield {"services": services, "endpoints": _endpoints(), "metrics": metrics}
-        finally:
-            metrics.close()
-            opening.cancel()
-            await asyncio.gather(opening, return_exceptions=True)
-            await purge.aclose()
-            await ledger.aclose()
-            await conversations.aclose()
-            await admission.aclose()
-            await watch.aclose()
-            await catalog.aclose()
-            for transport in transports.values():
-                await transport.aclose()
-            counter.close()
-            await database.close()
+        return _Parts(services, metrics, watch, admission, ledger, purge, counter, list(transports.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What lives as long as the program, made and not begun; and the order in which it begins and ends."""
+
+    services: Services
+    metrics: Metrics
+    watch: KeyWatch
+    admission: Admission
+    ledger: Ledger
+    purge: Purge
+    counter: TokenCounter
+    transports: Sequence[HTTPTransport]
+
+    def bring_up(self) -> asyncio.Task[None]:
+        """The database in the background, and then what begins once it is there."""
+        found = self.services
+        bringing_up = _bring_up(found.database, found.readiness, auto_migrate=found.settings.database.auto_migrate)
+        opening = asyncio.create_task(bringing_up)
+        opening.add_done_callback(lambda opened: None if opened.cancelled() else self.admission.start())
+        opening.add_done_callback(lambda opened: None if opened.cancelled() else self.purge.start())
+        return opening
+
+    def start(self) -> None:
+        self.ledger.start()
+        self.services.catalog.start()
+        self.metrics.watch(self.services.database, self.ledger)
+
+    async def aclose(self, opening: asyncio.Task[None]) -> None:
+        self.metrics.close()
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        await self.purge.aclose()
+        await self.ledger.aclose()
+        await self.services.conversations.aclose()
+        await self.admission.aclose()
+        await self.watch.aclose()
+        await self.services.catalog.aclose()
+        for transport in self.transports:
+            await transport.aclose()
+        self.counter.close()
+        await self.services.database.close()
 
 
 def _without_parameters(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], Route]:
@@ -207,6 +236,11 @@ async def _bring_up(database: Database, readiness: Readiness, *, auto_migrate: b
         readiness.cause = cause
         await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
         attempt += 1
+
+
+def _database(settings: Settings) -> Database:
+    told = settings.database
+    return database_at(told.url, pool_size=told.pool_size, statement_cache=told.statement_cache)
 
 
 def _auth(settings: Settings, database: Database, watch: KeyWatch) -> Auth:

@@ -10,7 +10,8 @@ limits, all or nothing.
 - While commits fail, `check` raises: nothing new is started that could not be recorded.
 - A batch that failed is halved, and a large one has more time: a slow line cannot wedge it for good.
 - On a data error the batch is tried again turn by turn, and only the culprit fails: its figures go to the log.
-- A turn that goes on from a message that is not the last any more (`ConversationTurn.after`) is written as a branch.
+- A turn that goes on from a message that is not the last any more (`ConversationTurn.after`) is written as a branch;
+  one that was to make a conversation goes into that of its name, if somebody has made it meanwhile and it is empty.
 - A commit whose answer was lost is tried again: its usage rows are there already, which says that all of it is.
 """
 
@@ -250,7 +251,7 @@ class Ledger:
                 if await usage.exists(self._database, turn.usage[0].id):
                     _settle(turn, None)
                     return
-                if _made_a_branch(turn):
+                if await self._joined(turn) or _made_a_branch(turn):
                     await self._commit_alone(turn)
                     return
             known = isinstance(failure, RowRejected)
@@ -259,6 +260,18 @@ class Ledger:
             self._lost(turn.settlements)
         else:
             _settle(turn, None)
+
+    async def _joined(self, turn: Turn) -> bool:
+        """Is it now the first turn of an empty conversation, which somebody has made under its name meanwhile?"""
+        talk = turn.conversation
+        if talk is None or not talk.is_new or talk.after != 0 or talk.parent is not None:
+            return False
+        found = await conversations.find_chains(self._database, talk.user_id, talk.id, 1)
+        if found is None or found.message_count:
+            return False
+        talk.pk, talk.session_id, talk.is_new = found.pk, found.session_id, False
+        talk.gives_title = found.title is None
+        return True
 
     async def _write(self, batch: Sequence[Turn]) -> None:
         await self._give_sessions(batch)

@@ -1,4 +1,8 @@
-"""What a connection itself judges of a request's head, and the answer that it gives to what it refuses."""
+"""What a connection itself judges of a request's head, and the answer that it gives to what it refuses.
+
+* An offer to upgrade (h2c, websocket) is declined by answering in HTTP/1.1, as RFC 9110 section 7.8 has it.
+* Trailer fields are refused: the parser would add them to the headers that the application has already judged.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import json
 import secrets
 from collections.abc import Sequence
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-__all__ = ["Refusal", "check_head", "error_body", "head_too_large", "head_without_upgrade", "refused"]
+__all__ = ["HeadReader", "Refusal", "check_head", "error_body", "head_too_large", "refused"]
 
 Header = tuple[bytes, bytes]
 
@@ -21,6 +26,49 @@ class Refusal(Exception):
         self.status = status
         self.code = code
         self.message = message
+
+
+class HeadReader(HttpToolsProtocol):
+    """How a connection reads heads: each part as it comes, and not more of it than there may be. Raises Refusal."""
+
+    max_head = 64 * 1024
+    max_headers = 200
+    max_url = 16 * 1024
+
+    _in_body: bool
+    """Is a body being received? A header is a trailer then."""
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._decline_upgrade() + data[upgrade.args[0] :]
+            else:
+                return
+
+    def _decline_upgrade(self) -> bytes:
+        """Replaces the parser, which takes what follows an upgrade as another protocol's, by one that does not. Gives
+        the head that it is to be fed."""
+        parser = self.parser
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return _head_without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > self.max_url:
+            raise Refusal(414, "url_too_long", f"The URL is longer than {self.max_url} bytes.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_body:
+            raise Refusal(400, "malformed_request", "Trailer fields are not accepted.")
+        if len(self.headers) >= self.max_headers:
+            raise Refusal(431, "headers_too_large", f"The request has more than {self.max_headers} headers.")
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
 
 def check_head(method: bytes, url: bytes, version: str, headers: Sequence[Header], max_head: int) -> None:
@@ -45,7 +93,7 @@ def head_too_large(max_head: int) -> Refusal:
     return Refusal(431, "headers_too_large", f"The request's head is larger than {max_head} bytes.")
 
 
-def head_without_upgrade(method: bytes, url: bytes, version: str, headers: Sequence[Header]) -> bytes:
+def _head_without_upgrade(method: bytes, url: bytes, version: str, headers: Sequence[Header]) -> bytes:
     """The head of a request that does not offer to upgrade, and says the same in all else."""
     head = [b"%s %s HTTP/%s\r\n" % (method, url, version.encode())]
     for name, value in headers:

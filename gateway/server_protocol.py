@@ -13,8 +13,6 @@ Rules:
 * A request that cannot be understood gets one answer, and never before the answers that are due to earlier requests.
   If the answer to that very request has begun, the connection ends instead, and the application sees a disconnect.
 * While requests are queued behind a running one, nothing is read. A connection holds at most one read of them.
-* An offer to upgrade (h2c, websocket) is declined by answering in HTTP/1.1, as RFC 9110 section 7.8 has it.
-* Trailer fields are refused: the parser would add them to the headers that the application has already judged.
 
 Not nice, and so by nature: a client that closes its socket looks like one that only shut its sending side, until it
 resets what we write. So after an end of file the answer goes on, and `http.disconnect` comes once a chunk (or a ping)
@@ -35,27 +33,23 @@ from urllib.parse import unquote
 import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from gateway.server_cycle import GatewayCycle
 from gateway.server_deadlines import TCP_CLOSED, IdleDeadline, WriteDeadline, tcp_progress
 from gateway.server_flow import GatewayFlow, Outlet, outbox_of
-from gateway.server_head import Refusal, check_head, head_too_large, head_without_upgrade, refused
+from gateway.server_head import HeadReader, Refusal, check_head, head_too_large, refused
 
 __all__ = ["GatewayProtocol"]
 
 logger = logging.getLogger(__name__)
 
 
-class GatewayProtocol(HttpToolsProtocol):
+class GatewayProtocol(HeadReader):
     flow: GatewayFlow
     cycle: GatewayCycle  # type: ignore[assignment]  # our own, see server_cycle
     pipeline: deque[tuple[GatewayCycle, ASGI3Application]]  # type: ignore[assignment]  # the same
 
-    max_head = 64 * 1024
-    max_headers = 200
-    max_url = 16 * 1024
     max_pipelined = 256
     write_buffer = 64 * 1024
     linger_bytes = 256 * 1024
@@ -211,46 +205,15 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._in_body or self._undelivered or self._expected is not None:
             self._watch_input()
 
-    def _feed(self, data: bytes) -> None:
-        while data:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                data = self._head_without_upgrade() + data[upgrade.args[0] :]
-            else:
-                return
-
-    def _head_without_upgrade(self) -> bytes:
-        """Replaces the parser, which takes what follows an upgrade as another protocol's, by one that does not."""
-        parser = self.parser
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return head_without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
-
     def on_message_begin(self) -> None:
         self._undelivered = self._undelivered or 1  # the rest of a read that completed the request before
         super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        if len(self.url) > self.max_url:
-            raise Refusal(414, "url_too_long", f"The URL is longer than {self.max_url} bytes.")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_body:
-            raise Refusal(400, "malformed_request", "Trailer fields are not accepted.")
-        if len(self.headers) >= self.max_headers:
-            raise Refusal(431, "headers_too_large", f"The request has more than {self.max_headers} headers.")
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         method, version = self.parser.get_method(), self.parser.get_http_version()
         check_head(method, self.url, version, self.headers, self.max_head)
         if self.parser.should_upgrade():
-            return  # comes again, see _head_without_upgrade
+            return  # comes again, see HeadReader
         if len(self.pipeline) >= self.max_pipelined:
             raise Refusal(400, "too_many_requests_queued", "Too many requests were sent before the first answer.")
         url = httptools.parse_url(self.url)

@@ -8,9 +8,12 @@ been taken already. Rules:
 - It is good for `GOOD_SECONDS` from the moment at which it was asked for, and so is the state of the keys that came
   with it: a changed limit or a revoked key is noticed as fast as without it, and a silent database lets nobody in for
   longer. It is asked for again when half of that is over, or half of it is used, while calls go on.
-- A worker holds twice what its calls took in `GOOD_SECONDS`, at most an `AHEAD_SHARE`th of what was left when it asked.
-  What it does not use goes back within three times that. What a killed worker held comes back as that of its calls
-  does (requests: by time).
+- A worker holds twice what its calls took in `GOOD_SECONDS`. It is lent at most an `AHEAD_SHARE`th of what is left each
+  time it asks, and it asks for more while it has less than half of what it wants, so it holds at most a quarter of what
+  was free (and that only while ever more is called). What it does not use goes back within three times that. What a
+  killed worker held comes back as that of its calls does (requests: by time).
+- Calls that are refused, or are larger than an `AHEAD_SHARE`th of their whole bucket or budget, are not counted: nobody
+  else has to ask because of them. No wish is larger than the account, whatever calls claim.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from gateway.limits import UNIT, Account, Ahead, Grant, Wish
+from gateway.limits import AHEAD_SHARE, UNIT, Account, Ahead, Grant, Wish
 from gateway.store.keys import KeyState
 
 GOOD_SECONDS = 0.1
@@ -64,6 +67,11 @@ class _Slice:
     def left(self) -> Amounts:
         return self.requests, self.tokens, self.slots, self.cost
 
+    @property
+    def has_news(self) -> bool:
+        """Is there something to go back, or to tell the book?"""
+        return self.left != _NOTHING or self.used_requests > 0 or self.used_tokens > 0
+
     def is_for(self, account: Account) -> bool:
         """Has it these limits? What it is to begin with does not matter here."""
         return self.account is account or self.account[:-1] == account[:-1]
@@ -99,17 +107,17 @@ class _Slice:
         self.call_cost += cost
 
     def wanted(self, now: float) -> Amounts:
-        """What should be held ahead: twice what the busiest moment of late took."""
+        """What should be held ahead: twice what the busiest moment of late took, if the account is as large."""
         self._roll(now)
         calls, tokens, cost = map(max, self.before, (self.calls, self.call_tokens, self.call_cost))
         if calls < BUSY:
             return _NOTHING
         account = self.account
         return (
-            2 * calls if account.request_rate is not None else 0,
-            2 * min(tokens, calls * account.token_capacity) if account.token_rate is not None else 0,
-            2 * calls if account.max_parallel is not None else 0,
-            2 * cost if account.budget is not None else 0,
+            min(2 * calls, account.request_capacity) if account.request_rate is not None else 0,
+            min(2 * tokens, account.token_capacity) if account.token_rate is not None else 0,
+            min(2 * calls, account.max_parallel) if account.max_parallel is not None else 0,
+            min(2 * cost, account.budget) if account.budget is not None else 0,
         )
 
     def _roll(self, now: float) -> None:
@@ -166,14 +174,16 @@ class Slices:
         )
 
     def count(self, accounts: Iterable[Account], tokens: int, cost: int) -> None:
-        """A call is asking the book for its place."""
+        """A call that had to ask the book was let in. Those that it refuses take nothing, so they are not counted."""
         now = self._clock()
         for account in accounts:
+            if not _may_be_held(account, tokens, cost):
+                continue
             held = self._of.get(account.subject)
             if held is None:
                 if len(self._of) >= MOST_ACCOUNTS:
                     continue
-                held = self._of[account.subject] = _Slice(account, now)
+                held = self._of[account.subject] = _Slice(_unseeded(account), now)
             held.count(tokens, cost, now)
 
     def look(self) -> None:
@@ -182,7 +192,7 @@ class Slices:
         for subject, held in list(self._of.items()):
             if now < held.good_until:
                 continue
-            if held.left != _NOTHING or held.used_requests or held.used_tokens:
+            if held.has_news:
                 self._due[subject] = None
             elif now - held.since > 2 * GOOD_SECONDS:
                 del self._of[subject]
@@ -192,7 +202,7 @@ class Slices:
         for subject, held in self._of.items():
             held.calls = held.call_tokens = held.call_cost = 0
             held.before = (0, 0, 0)
-            if held.left != _NOTHING:
+            if held.has_news:
                 self._due[subject] = None
 
     def wishes(self, worker: str, accounts: list[Account], places: dict[str, int]) -> list[Wish]:
@@ -215,9 +225,10 @@ class Slices:
     ) -> None:
         """What the book has answered."""
         for wish, given in zip(wishes, ahead, strict=True):
-            held = self._of.get(accounts[wish.at].subject)
-            if held is None:
-                continue
+            account = accounts[wish.at]
+            held = self._of.get(account.subject)
+            if held is None:  # forgotten while the book was slow; it has lent all the same
+                held = self._of[account.subject] = _Slice(_unseeded(account), self._clock())
             held.requests += given.requests
             held.tokens += given.tokens
             held.slots += given.slots
@@ -231,7 +242,7 @@ class Slices:
         self.keys, self._known_at = keys, asked_at
 
     def forget(self) -> None:
-        """Nobody knows what is held under the name that it was asked for. What calls take is remembered."""
+        """Nobody knows what is held under the name that it was asked for. Which accounts are asked is remembered."""
         self._of = {subject: _Slice(held.account, held.since) for subject, held in self._of.items()}
         self._due.clear()
         self._known_at = _LONG_AGO
@@ -254,5 +265,17 @@ def _wish(at: int, held: _Slice, account: Account, now: float) -> Wish:
     held.slots += min(0, wish.slots)
     held.cost += min(0, wish.cost)
     if not is_same:  # its limits have changed
-        held.account = account
+        held.account = _unseeded(account)
     return wish
+
+
+def _unseeded(account: Account) -> Account:
+    """What its period had cost is of that moment: the book would begin anew with it later."""
+    return account if account.seed is None else account._replace(seed=None)
+
+
+def _may_be_held(account: Account, tokens: int, cost: int) -> bool:
+    """Is it a call that what is held ahead could let in?"""
+    return (account.token_rate is None or AHEAD_SHARE * tokens <= account.token_capacity) and (
+        account.budget is None or AHEAD_SHARE * cost <= account.budget
+    )

@@ -97,8 +97,7 @@ class TurnLeases:
         try:
             taken = await asyncio.shield(asking)
         except BaseException:  # nobody knows whether it was taken
-            self._in_background(asking)
-            asking.add_done_callback(lambda _: self.let_go(lease, recorded=False))
+            self._ending[key] = self._in_background(self._give_back(asking, lease))
             raise
         if not taken:
             self.let_go(lease, recorded=True)
@@ -106,6 +105,13 @@ class TurnLeases:
         if self._renewal is None or self._renewal.done():
             self._renewal = asyncio.get_running_loop().create_task(self._renew(), name="turn leases renewed")
         return HeldTurn(self, lease)
+
+    async def _give_back(self, asking: asyncio.Future[bool], lease: Lease) -> None:
+        try:
+            await asking
+        finally:
+            del self._held[lease[:2]]
+            await self._releasing.answer(lease)
 
     async def _take_all(self, wanted: Sequence[Lease]) -> Sequence[bool]:
         taken = await rows.take(self._database, wanted)

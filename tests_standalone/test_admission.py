@@ -22,7 +22,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.key_watch import KeyWatch
-from gateway.limits import Account, Batch, Verdict
+from gateway.limits import Account, Batch, Settlement, Verdict
 from gateway.limits_memory import MemoryBook
 from gateway.pulse import Pulse
 from gateway.slices import GOOD_SECONDS
@@ -46,9 +46,11 @@ class Line:
         self.lose_answers = 0
         self.forgets = False
         self.batches: list[Batch] = []
+        self.held_up: Batch | None = None
 
     def hold(self) -> None:
         self._open.clear()
+        self.held_up = None
 
     def let_go(self) -> None:
         self._open.set()
@@ -56,6 +58,7 @@ class Line:
     async def admit(self, batch: Batch) -> Verdict:
         if batch.claims or batch.settlements:
             self.batches.append(batch)
+        self.held_up = batch
         await self._open.wait()
         if self.down:
             raise DatabaseUnavailable("told to be down")
@@ -516,6 +519,17 @@ async def test_a_silent_database_lets_in_nobody_for_long(busy: Stand) -> None:
     await busy.admit()
 
 
+async def test_for_calls_that_are_refused_nothing_is_held_ahead(migrated: Database) -> None:
+    """Nor of the budget of all, because of one key that goes on and on."""
+    tight = Stand(migrated, KeyLimits(max_parallel=1), gateway_budget=10**9)
+    await tight.admit(cost=5)
+    for _ in range(20):
+        with pytest.raises(RateLimited):
+            await tight.admit(cost=5)
+    assert await rows(migrated, "SELECT cost_nanousd FROM limit_holds WHERE subject = 'gateway'") == [(5,)]
+    await tight.admission.aclose()
+
+
 async def test_what_is_held_ahead_goes_back_when_nobody_calls_any_more(busy: Stand) -> None:
     assert await busy.held() != []
     while await busy.held():
@@ -527,6 +541,55 @@ async def test_and_when_the_worker_ends(busy: Stand) -> None:
     await busy.admission.aclose()
     assert await busy.held() == [(1, 0, 0)]
     assert len(ticket.holds) == 1
+
+
+async def test_and_what_is_lent_while_it_ends(busy: Stand) -> None:
+    """The first loan is on its way: so far nothing is held ahead that could go back."""
+    tasks: list[asyncio.Task[Ticket]] = []
+    while True:
+        while await rows(busy.database, "SELECT 1 FROM limit_holds WHERE requests_ahead > 0"):
+            await asyncio.sleep(GOOD_SECONDS)
+        for _ in range(2):
+            tasks.append(asyncio.create_task(busy.admit()))
+            await tasks[-1]
+        busy.line.hold()
+        tasks.append(asyncio.create_task(busy.admit()))
+        await settle()
+        if busy.line.held_up is not None and any(wish.requests > 0 for wish in busy.line.held_up.wishes):
+            break
+        busy.line.let_go()
+    closing = asyncio.create_task(busy.admission.aclose())
+    await settle()
+    busy.line.let_go()
+    await closing
+    await asyncio.gather(*tasks)
+    held = await rows(busy.database, "SELECT slots, requests_ahead FROM limit_holds WHERE slots > 0")
+    assert held == [(len(tasks), 0)]
+
+
+async def test_a_book_that_answers_nothing_does_not_keep_it_from_ending(busy: Stand) -> None:
+    busy.line.hold()
+    busy.admission.release([Settlement("key:a", "w", 0, 0, 0, 0, 0, 0)])
+    await settle()
+    await busy.admission.aclose()
+    await settle()
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "admission"]
+
+
+async def test_two_calls_for_more_than_a_column_holds_harm_nobody_else(migrated: Database) -> None:
+    rich = Stand(migrated, KeyLimits(budget_nanousd=10**18, budget_period="total"))
+    await rich.admit(cost=1)
+    other = Caller("bob", "key_b", limits=KeyLimits(max_parallel=1))
+    rich.line.hold()
+    first = asyncio.create_task(rich.admit(cost=2))
+    await settle()
+    odd = [asyncio.create_task(rich.admit(cost=10**30)) for _ in range(2)]
+    innocent = asyncio.create_task(rich.admit(caller=other))
+    await settle()
+    rich.line.let_go()
+    told = await asyncio.gather(first, *odd, innocent, return_exceptions=True)
+    assert [type(found) for found in told] == [Ticket, QuotaExceeded, QuotaExceeded, Ticket]
+    await rich.admission.aclose()
 
 
 async def test_after_an_answer_that_was_lost_what_was_held_ahead_counts_no_more(busy: Stand) -> None:

@@ -35,7 +35,7 @@ NOUNS = (
 CORE = (
     *("addresses", "admission", "allowances", "attachments", "auth", "call", "caller", "catalog", "conversations"),
     *("drain", "estimates", "health", "ids", "key_rules", "key_watch", "known_keys", "ledger", "limits"),
-    *("limits_memory", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "pulse", "relay"),
+    *("limits_*", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "pulse", "relay"),
     *("rounds", "slices", "tickets", "stored", "tokens", "wrong_keys"),
     *("purge", "talks", "threads", "turn_leases", "user_deletion", "window"),
 )
@@ -66,8 +66,11 @@ MAY_IMPORT: Mapping[str, Sequence[str]] = {
     "store.postgres": ("errors", "store.database", "store.postgres_*"),
     "store.postgres_turns": ("store.database", *NOUNS),
     "store.postgres_*": ("errors", "store.database"),
-    "store.sqlite": ("errors", "store.database", "store.sqlite_statements"),
-    "store.limits*": ("errors", "ids", "limits", "store.database", "store.keys", "store.limits_*", *WIRE),
+    "store.sqlite": ("errors", "store.database", "store.sqlite_*"),
+    "store.limits*": (
+        *("errors", "ids", "limits", "limits_ahead", "store.database", "store.keys", "store.limits_*"),
+        *WIRE,
+    ),
     "store.connect": ("store.database", "store.postgres", "store.sqlite"),
     "store.migrate": ("errors", "store.database"),
     "store.user_deletions": ("ids", "store.chores", "store.database", "store.keys", "store.purge"),

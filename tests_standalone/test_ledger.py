@@ -15,7 +15,8 @@ from gateway import ledger as ledgers
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ledger import SESSION_IDLE_MS, Ledger, Turn
 from gateway.limits import Settlement
-from gateway.store import turn_leases
+from gateway.store import conversation_edits, turn_leases
+from gateway.store.conversation_edits import NewConversation
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database, Step
 from gateway.store.turn_leases import Lease
@@ -665,6 +666,37 @@ async def test_those_in_one_batch_do_not_mix(ledger: Ledger, unsteady: Unsteady,
     assert await rows(migrated, counts) == [(2,)] * 7 + [(4,)]
     assert await usage_ids(migrated) >= ids(*turns)
     assert await rows(migrated, "SELECT SUM(conversation_count), SUM(total_tokens) FROM sessions") == [(8, 45)]
+
+
+@pytest.mark.parametrize(("title", "shown"), [("Mine", "Mine"), (None, "Hello")])
+async def test_an_empty_conversation_that_was_made_meanwhile_is_gone_on_with(
+    ledger: Ledger, migrated: Database, title: str | None, shown: str
+) -> None:
+    new = NewConversation("c_made", "chat", "ann", None, "sess_made", NOON, title=title, tags=["x"], tags_json='["x"]')
+    await conversation_edits.make_with_session(migrated, new)
+    first, second = (turn(talk(after=0, is_named=False, title="Hello")) for _ in range(2))
+    await ledger.record(first)
+    made = "SELECT pk, id, session_id, title, tags, message_count, parent_id FROM conversations"
+    assert await rows(migrated, made) == [("c_made", "chat", "sess_made", shown, '["x"]', 2, None)]
+    assert await rows(migrated, "SELECT conversation_pk, seq FROM messages ORDER BY seq") == [
+        ("c_made", 1),
+        ("c_made", 2),
+    ]
+    assert await rows(migrated, "SELECT id, conversation_count FROM sessions") == [("sess_made", 1)]
+    assert await rows(migrated, "SELECT session_id FROM usage_rows") == [("sess_made",)]
+    await ledger.record(second)
+    assert second.conversation is not None
+    assert await rows(migrated, BRANCHES) == [(second.conversation.id, "chat", None, 0, 2, 5, "Hello")]
+
+
+async def test_two_that_find_it_empty_at_once_do_not_mix(
+    ledger: Ledger, unsteady: Unsteady, migrated: Database
+) -> None:
+    await conversation_edits.make_with_session(migrated, NewConversation("c_made", "chat", "ann", None, "sess", NOON))
+    turns = [turn(talk(after=0, is_named=False)) for _ in range(4)]
+    await asyncio.gather(*await held(ledger, unsteady, *turns))
+    counts = "SELECT id = 'chat', message_count FROM conversations ORDER BY id = 'chat'"
+    assert [(bool(one), count) for one, count in await rows(migrated, counts)] == [(False, 2)] * 3 + [(True, 2)]
 
 
 async def test_a_name_that_was_taken_meanwhile_is_left_alone(ledger: Ledger, migrated: Database) -> None:

@@ -28,14 +28,13 @@ from gateway.limits import (
     advance,
     decide,
     held,
-    lend,
     period_at,
     period_start,
-    returned,
     settle,
     summed,
     take_back,
 )
+from gateway.limits_ahead import lend, returned
 from tests_standalone.conftest import NOON
 
 MINUTE = 60_000
@@ -359,6 +358,18 @@ class World:
         self.workers[worker] = f"{name}'"
         self.model.seen[f"{name}'"] = self.now
 
+    def check_bounds(self) -> None:
+        """The first account never gave more than it had at first and what time brought."""
+        who = self.accounts[0]
+        if who.request_rate is not None:
+            assert level(self.requests - who.request_capacity) <= self.forward * who.request_rate
+        if who.token_rate is not None:
+            assert level(self.tokens - who.token_capacity) <= self.forward * who.token_rate
+        if who.max_parallel is not None:
+            assert len(self.running) <= who.max_parallel
+        if who.budget is not None:
+            assert self.spent + sum(holds[0].cost_held for _, holds in self.running) <= who.budget
+
     def end(self) -> None:
         """All calls end, all workers die, and their time passes."""
         while self.running:
@@ -407,14 +418,7 @@ def test_never_more_is_granted_than_capacity_and_refill(who: Account, steps: lis
     world = World(who)
     for step in steps:
         run(world, [step])
-        if who.request_rate is not None:
-            assert level(world.requests - who.request_capacity) <= world.forward * who.request_rate
-        if who.token_rate is not None:
-            assert level(world.tokens - who.token_capacity) <= world.forward * who.token_rate
-        if who.max_parallel is not None:
-            assert len(world.running) <= who.max_parallel
-        if who.budget is not None:
-            assert world.spent + sum(holds[0].cost_held for _, holds in world.running) <= who.budget
+        world.check_bounds()
 
 
 @settings(max_examples=200, deadline=None)

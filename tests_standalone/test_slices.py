@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,8 +35,9 @@ class Worker:
         """Lets a call in, one way or the other."""
         grant = self.slices.take(self.name, accounts, tokens, cost)
         if grant is None:
-            self.slices.count(accounts, tokens, cost)
             [grant] = self.ask(list(accounts), [Claim(tokens, cost, range(len(accounts)))])
+            if not grant.reason:
+                self.slices.count(accounts, tokens, cost)
         return grant
 
     def ask(self, accounts: list[Account], claims: Sequence[Claim] = ()) -> list[Grant]:
@@ -176,6 +178,37 @@ def test_less_is_held_when_less_is_called() -> None:
     assert 0 < worker.hold.requests_ahead < before / 2
 
 
+def test_what_a_slow_book_lends_is_known_though_the_account_was_forgotten_meanwhile() -> None:
+    worker, accounts = Worker(), [PLENTY]
+    worker.ask([])
+    worker.slices.count(accounts * 9, 10, 5)
+    asked_at = worker.slices.now()
+    wishes = worker.slices.wishes("w1", accounts, {"key:a": 0})
+    for _ in range(3):
+        worker.now += int(GOOD_SECONDS * 1000)
+        worker.slices.look()
+    assert len(worker.slices) == 0
+    _, ahead = worker.model.answer(Batch("w1", [PLENTY._replace(seed=0)], now=NOON, wishes=wishes))
+    worker.slices.entered(accounts, wishes, ahead, asked_at)
+    assert worker.hold.requests_ahead > 0
+    worker.background()
+    assert worker.hold == Hold()
+
+
+def test_what_a_budget_had_cost_once_is_not_told_again_later() -> None:
+    """The book would begin anew with it when others have changed the period meanwhile."""
+    worker, daily = Worker(), PLENTY._replace(period="day")
+    worker.ask([])
+    for known in (PLENTY, daily):
+        worker.slices.count([known._replace(seed=60)], 10, 5)
+        worker.ask([known._replace(seed=60)])
+        busy(worker, known)
+        worker.slices.give_up()
+        accounts: list[Account] = []
+        worker.slices.wishes("w1", accounts, {})
+        assert accounts == [known]
+
+
 def test_at_the_end_of_the_worker_all_of_it_goes_back() -> None:
     worker = Worker()
     busy(worker, PLENTY)
@@ -183,6 +216,16 @@ def test_at_the_end_of_the_worker_all_of_it_goes_back() -> None:
     worker.ask([])
     assert worker.hold == Hold(slots=20, tokens=200, cost=100)
     assert not worker.slices.due
+
+
+def test_and_the_book_hears_what_was_used_of_it() -> None:
+    worker, who = Worker(), Account("key:a", token_rate=60, token_capacity=100_000)
+    busy(worker, who)
+    worker.ask([who])
+    assert worker.slices.take("w1", [who], worker.hold.tokens_ahead, 0) is not None
+    worker.slices.give_up()
+    worker.background()
+    assert worker.hold.tokens_ahead == 0
 
 
 def test_with_other_limits_of_the_key_nothing_that_was_held_counts_and_all_goes_back() -> None:
@@ -221,6 +264,44 @@ def test_a_worker_is_lent_a_part_of_what_is_left_at_most() -> None:
     assert granted + 30 >= 160 - 160 // AHEAD_SHARE
 
 
+@given(st.lists(st.tuples(st.integers(0, 10**40), st.integers(0, 10**40)), max_size=9), st.integers(0, 600))
+def test_no_more_is_wished_for_than_the_account_has_when_it_is_full(claims: list[tuple[int, int]], more: int) -> None:
+    """Whatever calls ask for: a number that no column holds would fail the batch for all who wait."""
+    worker = Worker()
+    worker.ask([])
+    for tokens, cost in [*claims, *[(6250, 62_500)] * more]:
+        worker.slices.count([PLENTY], tokens, cost)
+    for wish in worker.slices.wishes("w1", [PLENTY], {"key:a": 0}):
+        assert wish.requests <= PLENTY.request_capacity
+        assert wish.tokens <= PLENTY.token_capacity
+        assert wish.slots <= (PLENTY.max_parallel or 0)
+        assert wish.cost <= (PLENTY.budget or 0)
+
+
+@pytest.mark.parametrize(
+    "whole", [Account("gateway", budget=10**6, seed=None), Account("a", token_rate=1, token_capacity=10**6)]
+)
+def test_a_call_too_large_for_any_slice_takes_nothing_from_others(whole: Account) -> None:
+    """Were it wanted ahead, too, nothing would be lent, and each call of everybody would ask."""
+    worker = Worker()
+    assert worker.call(whole, tokens=2 * 10**5, cost=2 * 10**5).reason == ""
+    busy(worker, whole)
+    assert worker.asked < 10
+
+
+def test_several_loans_together_are_never_more_than_a_quarter_of_what_was_free() -> None:
+    """Each is an `AHEAD_SHARE`th of what is left; one follows the other while ever more is called."""
+    worker, most = Worker(), 0
+    worker.ask([])
+    many = Account("key:a", max_parallel=16_000)
+    for _ in range(800):
+        for _ in range(10):
+            worker.slices.count([many], 0, 0)
+        worker.ask([many])
+        most = max(most, worker.hold.slots)
+    assert 16_000 // AHEAD_SHARE < most <= 16_000 // 4
+
+
 def test_too_many_accounts_are_not_watched() -> None:
     worker = Worker()
     for number in range(MOST_ACCOUNTS + 10):
@@ -249,8 +330,9 @@ class AheadWorld(World):
         claim = Claim(tokens, cost, range(len(self.accounts)))
         grant = slices.take(name, self.accounts, tokens, cost)
         if grant is None:
-            slices.count(self.accounts, tokens, cost)
             [grant] = self._ask(worker, [claim])
+            if not grant.reason:
+                slices.count(self.accounts, tokens, cost)
         if not grant.reason:
             holds = [held(claim, who, grant, place, name) for place, who in enumerate(self.accounts)]
             self.running.append((name, holds))
@@ -307,14 +389,7 @@ def test_no_bound_moves(who: Account, steps: list[tuple[Any, ...]]) -> None:
     world = AheadWorld(who)
     for step in steps:
         run(world, [step])
-        if who.request_rate is not None:
-            assert level(world.requests - who.request_capacity) <= world.forward * who.request_rate
-        if who.token_rate is not None:
-            assert level(world.tokens - who.token_capacity) <= world.forward * who.token_rate
-        if who.max_parallel is not None:
-            assert len(world.running) <= who.max_parallel
-        if who.budget is not None:
-            assert world.spent + sum(holds[0].cost_held for _, holds in world.running) <= who.budget
+        world.check_bounds()
 
 
 @settings(max_examples=100, deadline=None)

@@ -178,6 +178,24 @@ async def test_a_call_that_is_cancelled_while_it_asks_holds_nothing(tables_url: 
         assert await gone(database)
 
 
+async def test_who_leaves_while_the_database_is_slow_may_come_back_at_once(unsteady: Unsteady) -> None:
+    leases = TurnLeases(unsteady)
+    unsteady.hold()
+    asking = asyncio.create_task(leases.take("ann", "chat"))
+
+    async def asked() -> bool:
+        return bool(unsteady.written or unsteady.fetched)
+
+    assert await eventually(asked)
+    asking.cancel()
+    await asyncio.wait({asking})
+    again = asyncio.create_task(leases.take("ann", "chat"))
+    await asyncio.sleep(0)
+    unsteady.let_go()
+    (await again).let_go(recorded=True)
+    await leases.aclose()
+
+
 async def test_what_the_database_does_not_answer_is_not_held(unsteady: Unsteady, sqlite: Database) -> None:
     leases = TurnLeases(unsteady)
     await sqlite.close()

@@ -51,6 +51,8 @@ class ChatCompletions:
     """`POST /v1/chat/completions`, JSON and SSE (contract, section 4)."""
 
     request_type: type[ChatRequest] = ChatRequest
+    has_turns = True
+    """May a call be a turn of a conversation?"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, found = time.perf_counter(), services(scope)
@@ -99,10 +101,11 @@ class ChatCompletions:
         _check_policy(found, request)
         keep = stored.wanted(request, scope["state"]["request_id"], allowed=found.settings.conversations.store_content)
         named = end_user(scope, request.data)
-        talk = await self._talk(scope, receive, found, caller, request, named)
+        talk = await _talk(scope, receive, found, caller, request, named) if self.has_turns else None
         try:
             await found.conversations.fit(talk, request, model)
-            outgoing = self._prepared(found, request if keep is None else stored.for_upstream(request), talk)
+            shown = request if keep is None else stored.for_upstream(request)
+            outgoing = found.conversations.prepare(shown, talk) if self.has_turns else _without_id(shown)
         except BaseException:
             if talk is not None:
                 await talk.aclose()
@@ -110,51 +113,12 @@ class ChatCompletions:
         request_id = scope["state"]["request_id"]
         return Job(request_id, caller, named, model, outgoing, talk, request.wants_usage, keep=keep, started=started)
 
-    async def _talk(
-        self,
-        scope: Scope,
-        receive: Receive,
-        found: Services,
-        caller: Caller,
-        request: ChatRequest,
-        end_user: str | None,
-    ) -> Talk | None:
-        group = _group(scope, found.settings.conversations.header)
-        if found.settings.conversations.busy != "wait" or "conversation_id" not in request.data:
-            return await found.conversations.open(caller, request, end_user, group)
-        left = asyncio.Event()
-        forget = when_gone(receive, left.set)
-        try:
-            return await found.conversations.open(
-                caller, request, end_user, group, lambda: left.is_set() or found.drain.stopping
-            )
-        finally:
-            forget()
-            scope["state"]["client_left"] = left.is_set()
-
-    def _prepared(self, found: Services, request: ChatRequest, talk: Talk | None) -> ChatRequest:
-        return found.conversations.prepare(request, talk)
-
 
 class Completions(ChatCompletions):
     """`POST /v1/completions`: a prompt, answered with text. Metered like chat; no turn of a conversation."""
 
     request_type = CompletionRequest
-
-    async def _talk(
-        self,
-        scope: Scope,
-        receive: Receive,
-        found: Services,
-        caller: Caller,
-        request: ChatRequest,
-        end_user: str | None,
-    ) -> Talk | None:
-        return None
-
-    def _prepared(self, found: Services, request: ChatRequest, talk: Talk | None) -> ChatRequest:
-        """As it came, but for a field of ours that no upstream knows."""
-        return request.with_fields(conversation_id=None) if "conversation_id" in request.data else request
+    has_turns = False
 
 
 class Models:
@@ -187,6 +151,34 @@ ENDPOINTS: Sequence[tuple[str, str, Callable[[], Any], str]] = (
 
 def routes() -> list[BaseRoute]:
     return [Route(path, endpoint(), methods=[method]) for method, path, endpoint, _ in ENDPOINTS]
+
+
+async def _talk(
+    scope: Scope,
+    receive: Receive,
+    found: Services,
+    caller: Caller,
+    request: ChatRequest,
+    end_user: str | None,
+) -> Talk | None:
+    """The conversation that a call is a turn of. If it has to wait for another turn, then until its client leaves."""
+    group = _group(scope, found.settings.conversations.header)
+    if found.settings.conversations.busy != "wait" or "conversation_id" not in request.data:
+        return await found.conversations.open(caller, request, end_user, group)
+    left = asyncio.Event()
+    forget = when_gone(receive, left.set)
+    try:
+        return await found.conversations.open(
+            caller, request, end_user, group, lambda: left.is_set() or found.drain.stopping
+        )
+    finally:
+        forget()
+        scope["state"]["client_left"] = left.is_set()
+
+
+def _without_id(request: ChatRequest) -> ChatRequest:
+    """As it came, but for a field of ours that no upstream knows."""
+    return request.with_fields(conversation_id=None) if "conversation_id" in request.data else request
 
 
 def _stream_headers(exchange: StreamExchange) -> list[Header]:

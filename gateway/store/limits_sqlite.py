@@ -25,11 +25,10 @@ from gateway.limits import (
     advance,
     decide,
     held,
-    lend,
-    returned,
     settle,
     take_back,
 )
+from gateway.limits_ahead import lend, returned
 from gateway.store.database import Database, Row, Transaction
 from gateway.wire.jsontext import dumps
 

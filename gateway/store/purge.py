@@ -24,11 +24,13 @@ _WALK = """
     SELECT number, pk, created_at, last_used, deleted_at FROM conversations
     WHERE number > $1 ORDER BY number LIMIT $2"""
 
-# A turn may have come between.
+# A turn may have come between, or be running: then it is in use, though `last_used` will only say so in the end.
 EXPIRE = """
     UPDATE conversations SET deleted_at = 0, title = NULL, summary = NULL, metadata = '{}', tags = '[]',
         image_urls = '[]'
-    WHERE pk = $1 AND last_used < $2 AND deleted_at IS NULL"""
+    WHERE pk = $1 AND last_used < $2 AND deleted_at IS NULL
+        AND NOT EXISTS (SELECT 1 FROM turn_leases l
+            WHERE l.user_id = conversations.user_id AND l.conversation_id = conversations.id AND l.until > $2)"""
 
 _DUE = """
     SELECT number, pk, deleted_at, session_id, message_count,

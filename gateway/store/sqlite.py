@@ -1,4 +1,4 @@
-"""SQLite through the standard library, on threads of its own.
+"""SQLite through the standard library, on threads of its own (`sqlite_thread`).
 
 Rules:
 
@@ -9,9 +9,6 @@ Rules:
   thread: each call into SQLite gives Python's lock away and waits for it four times, which beside a busy loop costs
   several times what the statements do. Whoever would have to wait, for a lock or a slow disk, goes to the thread.
 - `$1` is bound by position (`sqlite_statements`).
-- sqlite3's exceptions end here, by SQLite's own code: the row is at fault (`RowRejected`) or the database is
-  (`DatabaseUnavailable`). Any other is a mistake in our SQL and flies as it is.
-- After an error of the file or the disk the connection is closed; the next job opens another.
 """
 
 from __future__ import annotations
@@ -19,19 +16,17 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from gateway.errors import DatabaseUnavailable
-from gateway.store.database import AlreadyThere, PoolUse, Row, RowRejected, Step, Transaction, Value
+from gateway.store.database import PoolUse, Row, Step, Transaction, Value
 from gateway.store.sqlite_statements import positional, statements
-
-T = TypeVar("T")
+from gateway.store.sqlite_thread import BUSY, SqliteThread, kind, mapped
 
 BUSY_TIMEOUT = 10.0
 
@@ -50,21 +45,6 @@ READER = ("PRAGMA query_only = ON",)
 ROWS_HERE = 128
 CHARACTERS_HERE = 128 << 10
 """What a write in the event loop may have."""
-SLOW = 0.03
-SLOW_FOR = 30.0
-"""Seconds that a write in the event loop may take, and for which none follows one that took longer."""
-
-DUPLICATE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_ROWID}
-DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL}
-BROKEN = DAMAGED | {
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_PROTOCOL,
-    sqlite3.SQLITE_READONLY,
-}
-UNAVAILABLE = BUSY | BROKEN | {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT}
 
 
 class SqliteDatabase:
@@ -73,8 +53,8 @@ class SqliteDatabase:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._writer: _Thread | None = None
-        self._reader: _Thread | None = None
+        self._writer: SqliteThread | None = None
+        self._reader: SqliteThread | None = None
         self._writing = asyncio.Lock()
         """Held by a `write` or a `transaction`, for a transaction leaves the thread between its statements."""
 
@@ -90,7 +70,8 @@ class SqliteDatabase:
     async def open(self) -> None:
         if self._writer is not None:
             return
-        writer, reader = _Thread(self._path, WRITER), _Thread(self._path, READER)
+        writer = SqliteThread(self._path, partial(_connect, self._path, WRITER))
+        reader = SqliteThread(self._path, partial(_connect, self._path, READER))
         try:
             await asyncio.to_thread(_create, self._path)
             await writer.run(_prove_writable)
@@ -153,7 +134,7 @@ class SqliteDatabase:
 class _Transaction:
     """Once a statement has failed all others fail, the commit too, as they do in PostgreSQL."""
 
-    def __init__(self, writer: _Thread) -> None:
+    def __init__(self, writer: SqliteThread) -> None:
         self._writer = writer
         self._failure: BaseException | None = None
 
@@ -170,115 +151,13 @@ class _Transaction:
         await self.fetch(sql, *args)
 
 
-class _Thread:
-    """A thread and its connection, which the event loop may use while the thread `is_idle`. Jobs run in the order in
-    which they came.
-
-    An executor has two futures and three locks for each job, which costs as much as the statements of a small one.
-    """
-
-    def __init__(self, path: Path, settings: Sequence[str]) -> None:
-        self._path = path
-        self._settings = settings
-        self._connection: sqlite3.Connection | None = None
-        self.busy = False
-        self._closed = False
-        self._unanswered = 0
-        self._slow_until = 0.0
-        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        threading.Thread(target=self._work, name="sqlite", daemon=True).start()
-
-    @property
-    def is_open(self) -> bool:
-        return self._connection is not None
-
-    @property
-    def is_idle(self) -> bool:
-        """Is its connection open, and free for the event loop?"""
-        return self._connection is not None and not self._unanswered and time.monotonic() >= self._slow_until
-
-    def prepare(self, job: Callable[[sqlite3.Connection], bool]) -> bool:
-        """Runs a short job in the event loop; only while the thread `is_idle`."""
-        started = time.monotonic()
-        try:
-            return self._run(job)
-        finally:
-            if (ended := time.monotonic()) - started > SLOW:
-                self._slow_until = ended + SLOW_FOR
-
-    async def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        return await self.start(job)
-
-    def start(self, job: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
-        if self._closed:
-            raise DatabaseUnavailable("the database is closed")
-        return self._ask(lambda: self._run(job))
-
-    async def close(self) -> None:
-        self._closed = True
-        closing = self._ask(self._disconnect)
-        self._jobs.put(None)
-        await asyncio.shield(closing)
-
-    def _ask(self, job: Callable[[], T]) -> asyncio.Future[T]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._unanswered += 1
-        self._jobs.put(lambda: self._answer(loop, future, job))
-        return future
-
-    def _answer(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], job: Callable[[], T]) -> None:
-        """Runs a job that somebody still waits for. A loop that has gone takes no answer."""
-        answer: T | None = None
-        failure: BaseException | None = None
-        if not future.cancelled():
-            try:
-                answer = job()
-            except BaseException as error:
-                failure = error
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._settle, future, answer, failure)
-
-    def _settle(self, future: asyncio.Future[Any], answer: object, failure: BaseException | None) -> None:
-        self._unanswered -= 1
-        if future.done():  # nobody waits any more
-            return
-        if failure is None:
-            future.set_result(answer)
-        else:
-            future.set_exception(failure)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-
-    def _run(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        with _mapped(self._path):
-            if self._connection is None:
-                self._connection = _connect(self._path, self._settings)
-            self.busy = True
-            try:
-                return job(self._connection)
-            except sqlite3.Error as error:
-                if _kind(error) in BROKEN:
-                    self._disconnect()
-                raise
-            finally:
-                self.busy = False
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-def _opened(thread: _Thread | None) -> _Thread:
+def _opened(thread: SqliteThread | None) -> SqliteThread:
     if thread is None:
         raise DatabaseUnavailable("the database is not open")
     return thread
 
 
-async def _close(writer: _Thread, reader: _Thread) -> None:
+async def _close(writer: SqliteThread, reader: SqliteThread) -> None:
     """One after the other: the last to close moves the WAL into the file, and two at once may each think it is not."""
     try:
         await reader.close()
@@ -290,7 +169,7 @@ async def _close(writer: _Thread, reader: _Thread) -> None:
 
 
 def _create(path: Path) -> None:
-    with _mapped(path), suppress(FileExistsError):
+    with mapped(path), suppress(FileExistsError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600, exist_ok=False)  # SQLite gives its -wal and -shm the same mode
 
@@ -347,7 +226,7 @@ def _prepare(connection: sqlite3.Connection, work: Sequence[Step]) -> bool:
     try:
         connection.execute("BEGIN IMMEDIATE")
     except sqlite3.OperationalError as error:
-        if _kind(error) not in BUSY:
+        if kind(error) not in BUSY:
             raise
         return False
     _do(connection, work)
@@ -388,7 +267,7 @@ def _patiently(connection: sqlite3.Connection, sql: str, args: Sequence[Value] =
         try:
             return _fetch(connection, sql, args)
         except sqlite3.OperationalError as error:
-            if _kind(error) not in BUSY or time.monotonic() > deadline:
+            if kind(error) not in BUSY or time.monotonic() > deadline:
                 raise
         time.sleep(random.uniform(0.001, 0.02))
 
@@ -402,35 +281,3 @@ def _fetch(connection: sqlite3.Connection, sql: str, args: Sequence[Value]) -> l
 
 class _Damaged(sqlite3.DatabaseError):
     sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-
-
-@contextmanager
-def _mapped(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError, OverflowError, UnicodeEncodeError) as error:
-        ours = _translated(error, path)
-        if ours is error:
-            raise
-        raise ours from error
-
-
-def _translated(error: Exception, path: Path) -> Exception:
-    said = f"{path}: {error}"
-    if isinstance(error, OSError):
-        return DatabaseUnavailable(said)
-    if getattr(error, "sqlite_errorcode", None) in DUPLICATE:
-        return AlreadyThere(str(error))
-    if isinstance(error, (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeEncodeError)):
-        return RowRejected(str(error))
-    if _kind(error) in DAMAGED:
-        return DatabaseUnavailable(
-            f"{said}. Restore a backup, or save what can be read: sqlite3 {path} .recover | sqlite3 recovered.db"
-        )
-    return DatabaseUnavailable(said) if _kind(error) in UNAVAILABLE else error
-
-
-def _kind(error: Exception) -> int | None:
-    """SQLite's primary result code; the higher bits say more."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF

@@ -39,26 +39,38 @@ _LIST = """
     ORDER BY pk {} LIMIT $3"""
 LIST: dict[Order, str] = {"asc": _LIST.format(">", "ASC"), "desc": _LIST.format("<", "DESC")}
 
-# The labels are walked in the order of the list, so that no more of them are read than are shown. Further labels are
-# looked up one by one: with EXISTS, PostgreSQL may join all that have them first.
-_LABELLED = """
-    SELECT c.pk, c.id, c.conversation_id, c.metadata, c.completion
-    FROM (
+# A label is walked in the order of the list, so that no more of its rows are read than are shown. A planner must not
+# take it for one of few rows, and read and sort all of them. Without statistics it does so where columns are equal to
+# something, so what is asked for is what lies between two rows of the index. With statistics it does so where the user
+# is the first or the last, so it does not see who it is.
+_WALK = """
         SELECT l.completion_pk AS pk FROM stored_labels l
-        WHERE l.user_id = $1 AND l.label = $4 AND l.completion_pk {0} $2 {{also}}
-        ORDER BY l.completion_pk {1} LIMIT $3
-    ) AS found JOIN stored_completions c ON c.pk = found.pk AND (c.user_id = $1) IS TRUE
-    ORDER BY c.pk {1}"""
-LABELLED: dict[Order, str] = {"asc": _LABELLED.format(">", "ASC"), "desc": _LABELLED.format("<", "DESC")}
-ALSO_LABELLED = """
-    AND (SELECT 1 FROM stored_labels o
-        WHERE o.completion_pk = l.completion_pk AND o.label = ${} AND (o.user_id = $1) IS TRUE) = 1"""
+        WHERE (l.user_id, l.label, l.completion_pk) {beyond} ((SELECT CAST($1 AS TEXT)), $4, $2)
+            AND (l.user_id, l.label, l.completion_pk) {before} ((SELECT CAST($1 AS TEXT)), $4, $5) {also}
+        ORDER BY l.user_id {order}, l.label {order}, l.completion_pk {order} LIMIT $3"""
 
-# In the order of the index: else PostgreSQL may read the table from its beginning until it has met so many.
-_HOW_MANY = """
-    SELECT COUNT(*) AS many FROM (
-        SELECT 1 FROM stored_labels WHERE user_id = $1 AND label = $2 ORDER BY completion_pk LIMIT $3
-    ) AS counted"""
+# Further labels are looked up one by one: with EXISTS, PostgreSQL may join all that have them first. Of a comparison
+# like this one planners expect that most rows pass it (see conversation_reads).
+_LABELLED = f"""
+    SELECT c.pk, c.id, c.conversation_id, c.metadata, c.completion
+    FROM ({_WALK}
+    ) AS found JOIN stored_completions c ON c.pk = found.pk AND (c.user_id = $1) IS TRUE
+    ORDER BY c.pk {{order}}"""
+ALSO_LABELLED = """
+    AND CASE WHEN (SELECT 1 FROM stored_labels o
+        WHERE o.completion_pk = l.completion_pk AND o.label = ${} AND (o.user_id = $1) IS TRUE) = 1
+        THEN 0 ELSE 1 END <> 1"""
+
+_REACH = f"""
+    SELECT COUNT(*) AS many, {{last}}(pk) AS reach FROM ({_WALK}
+    ) AS walked"""
+
+_WAYS: dict[Order, dict[str, str]] = {
+    "asc": {"beyond": ">", "before": "<", "order": "ASC", "last": "MAX"},
+    "desc": {"beyond": "<", "before": ">", "order": "DESC", "last": "MIN"},
+}
+LABELLED: dict[Order, str] = {order: _LABELLED.format(also="{also}", **way) for order, way in _WAYS.items()}
+REACH: dict[Order, str] = {order: _REACH.format(also="", **way) for order, way in _WAYS.items()}
 
 # Changes nothing, and holds the row until the transaction ends.
 _HOLD = """
@@ -73,9 +85,9 @@ _DELETE = "DELETE FROM stored_completions WHERE id = $2 AND (user_id = $1) IS TR
 
 _DROP_LABELS = "DELETE FROM stored_labels WHERE completion_pk = $2 AND (user_id = $1) IS TRUE"
 
-_FIRST: dict[Order, str] = {"asc": "", "desc": "s_g"}
-"""Before the first row: a `pk` is `s_` and hexadecimal digits."""
-_COUNTED = 1000
+_ENDS: dict[Order, tuple[str, str]] = {"asc": ("", "s_g"), "desc": ("s_g", "")}
+"""Before the first row and behind the last: a `pk` is `s_` and hexadecimal digits."""
+_WALKED = 100
 
 
 @dataclass(slots=True)
@@ -141,21 +153,28 @@ async def listed(
     database: Database, user_id: str, *, labels: Sequence[str], after: str | None, limit: int, order: Order
 ) -> list[Found]:
     """Those that have all the labels, beyond the `pk` of `after`."""
-    begin = _FIRST[order] if after is None else after
+    begin, end = _ENDS[order]
+    begin = begin if after is None else after
     if not labels:
         return [_found(row) for row in await database.fetch(LIST[order], user_id, begin, limit)]
-    rarest, *others = await _rarest_first(database, user_id, labels)
-    also = "".join(ALSO_LABELLED.format(place) for place in range(5, 5 + len(others)))
+    rarest, *others = await _rarest_first(database, user_id, labels, begin, order)
+    also = "".join(ALSO_LABELLED.format(place) for place in range(6, 6 + len(others)))
     sql = LABELLED[order].format(also=also)
-    return [_found(row) for row in await database.fetch(sql, user_id, begin, limit, rarest, *others)]
+    return [_found(row) for row in await database.fetch(sql, user_id, begin, limit, rarest, end, *others)]
 
 
-async def _rarest_first(database: Database, user_id: str, labels: Sequence[str]) -> Sequence[str]:
-    """With the one in front that fewest have: that many are looked at."""
+async def _rarest_first(
+    database: Database, user_id: str, labels: Sequence[str], begin: str, order: Order
+) -> Sequence[str]:
+    """With the one in front that fewest have from there on: the one of which as many rows reach farthest."""
     if len(labels) == 1:
         return labels
-    counts = {label: (await database.fetch(_HOW_MANY, user_id, label, _COUNTED))[0]["many"] for label in labels}
-    return sorted(counts, key=lambda label: counts[label])
+    reach: dict[str, tuple[int, str]] = {}
+    for label in labels:
+        row = (await database.fetch(REACH[order], user_id, begin, _WALKED, label, _ENDS[order][1]))[0]
+        reach[label] = row["many"], row["reach"] or ""
+    farthest = sorted(labels, key=lambda label: reach[label][1], reverse=order == "asc")
+    return sorted(farthest, key=lambda label: reach[label][0])
 
 
 async def hold(transaction: Transaction, user_id: str, completion_id: str) -> Found | None:

@@ -14,7 +14,7 @@ import asyncio
 import json
 import re
 import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,14 +24,24 @@ from typing import Any
 
 import pytest
 
+from gateway import store
 from gateway.app import DIALECTS
 from gateway.auth import digest, new_key
-from gateway.store import conversation_edits, conversation_reads, keys, sessions, stored
+from gateway.store import (
+    conversation_edits,
+    conversation_reads,
+    conversations,
+    keys,
+    sessions,
+    stored,
+    turn_leases,
+)
 from gateway.store.database import Database
 from gateway.talks import new_id
 from tests_standalone.api.conftest import Answer, App
 from tests_standalone.conftest import rows, stored_key
 from tests_standalone.support.databases import database_urls, postgres, sqlite_url
+from tests_standalone.support.owners import OWNER, mutants, patch, statements
 
 __all__ = ["database_urls", "postgres"]
 
@@ -145,10 +155,13 @@ async def settled(world: World, user: str, who: Mapping[str, str], mark: str) ->
     ((pk, number),) = await rows(world.database, "SELECT pk, number FROM conversations WHERE id = $1", made["id"])
     ((completion_pk,),) = await rows(world.database, "SELECT pk FROM stored_completions WHERE user_id = $1", user)
     ((label,), *_) = await rows(world.database, "SELECT label FROM stored_labels WHERE user_id = $1", user)
+    answer = "SELECT chain FROM messages WHERE conversation_pk = $1 AND role = 'assistant'"
+    ((chain,),) = await rows(world.database, answer, pk)
+    ((branch_pk,),) = await rows(world.database, "SELECT pk FROM conversations WHERE id = $1", gone["id"])
     return {
         "conversation": made["id"], "deleted": gone["id"], "session": session["id"], "user": user, "key": key, "pk": pk,
         "number": str(number), "completion": completion["id"], "message": messages["data"][0]["id"],
-        "completion_pk": completion_pk, "label": label,
+        "completion_pk": completion_pk, "label": label, "chain": chain, "branch_pk": branch_pk,
     }  # fmt: skip
 
 
@@ -170,7 +183,8 @@ async def application(folder: Path, url: str) -> AsyncIterator[App]:
 
 
 async def peopled(app: App) -> World:
-    """Bob's `forged` says that ann's conversation is its parent, which no route could bring about."""
+    """Bob's `forged` says that ann's conversation is its parent, which no route could bring about. What ann has deleted
+    was a branch of it; and a turn of hers runs, under the name `busy`."""
     world = World(app, await keyed(app, "ann"), await keyed(app, "bob"))
     world.ids = await settled(world, "ann", world.ann, CANARY)
     own = await settled(world, "bob", world.bob, "bobs")
@@ -182,6 +196,9 @@ async def peopled(app: App) -> World:
     assert (await world.ask(world.bob, "POST", "/v1/chat/completions", said)).status == 200
     forge = "UPDATE conversations SET parent_pk = $1, parent_seq = 2, message_count = 2 WHERE id = 'forged'"
     await world.database.write([(forge, [(world.ids["pk"],)])])
+    branch = "UPDATE conversations SET parent_pk = $1, parent_seq = 2 WHERE pk = $2"
+    lease = "INSERT INTO turn_leases (user_id, conversation_id, holder, until) VALUES ('ann', 'busy', 'h', $1)"
+    await world.database.write([(branch, [(world.ids["pk"], world.ids["branch_pk"])]), (lease, [(2**62,)])])
     ((world.ids["forged_pk"],),) = await rows(world.database, "SELECT pk FROM conversations WHERE id = 'forged'")
     newest = await world.ask(world.ann, "POST", "/sessions", {"title": CANARY})
     assert newest.status == 200
@@ -261,16 +278,21 @@ async def _tokens(world: World) -> int:
 
 
 async def _through_bodies(world: World) -> list[str]:
-    """Foreign ids where no path has them."""
+    """Foreign ids that are not in a path."""
     found = []
     before = await dump(world.database)
     said = {"model": "echo", "messages": [{"role": "user", "content": "bobs"}]}
     continued = said | {"conversation_id": world.ids["conversation"]}
-    for path, body in (("/v1/chat/completions", continued), ("/conversations", {"session_id": world.ids["session"]})):
-        answer = await world.ask(world.bob, "POST", path, body)
+    of_session, header = {"session_id": world.ids["session"]}, {"x-conversation-id": world.ids["conversation"]}
+    for path, body, headers in (
+        ("/v1/chat/completions", continued, {}),
+        ("/v1/chat/completions", said, header),
+        ("/conversations", of_session, {}),
+    ):
+        answer = await world.ask({**world.bob, **headers}, "POST", path, body)
         if answer.status != 404:
             found.append(f"POST {path}: {answer.status} {answer.body!r}")
-    found += _changes(before, await dump(world.database), "a body with a foreign id")
+    found += _changes(before, await dump(world.database), "a body or a header with a foreign id")
     made = await world.ask(world.bob, "POST", "/conversations", {})
     if made.status != 200 or made.json["session_id"] == world.ids["session"]:
         found.append(f"a conversation of one's own: {made.body!r}")
@@ -284,8 +306,14 @@ def _changes(before: Mapping[str, list[str]], after: Mapping[str, list[str]], by
 def inner(world: World) -> dict[str, tuple[tuple[Any, ...], list[tuple[Any, ...]]]]:
     """Statements that routes reach only with what another one has found: asked as bob for what is ann's, and what that
     may tell."""
-    ids, number = world.ids, int(world.ids["number"])
+    ids, number, engine = world.ids, int(world.ids["number"]), world.database.dialect
+    message = ("forged", -1, "user", '"bobs"', None, None, 0, None, None, None, 0)
     return {
+        "conversations._SHARED": ((ids["branch_pk"], "bob"), []),
+        "conversations._PLACES": ((ids["chain"], ids["chain"], "bob"), []),
+        "conversations.INSERT_BY_OWNER": ((*message, "bob", ids["conversation"]), []),
+        f"turn_leases._RENEW[{engine}]": (("bob", "busy", "h"), []),
+        "turn_leases.RELEASE": (("bob", "busy", "h"), []),
         "conversation_reads.LINE": (("bob", "forged"), [(ids["forged_pk"], 2, 2)]),
         "conversation_reads.MESSAGES[asc]": (("bob", ids["pk"], 0, 100, 10), []),
         "conversation_reads.MESSAGES[desc]": (("bob", ids["pk"], 0, 100, 10), []),
@@ -293,7 +321,8 @@ def inner(world: World) -> dict[str, tuple[tuple[Any, ...], list[tuple[Any, ...]
         "conversation_edits.FORGET_TAGS": (("bob", number), []),
         "sessions.MESSAGES": (("bob", ids["session"], 100, 100), []),
         "stored._PLACE": (("bob", ids["completion"]), []),
-        "stored._HOW_MANY": (("bob", ids["label"], 100), [(0,)]),
+        "stored.REACH[asc]": (("bob", "", 100, ids["label"], "s_g"), [(0, None)]),
+        "stored.REACH[desc]": (("bob", "s_g", 100, ids["label"], ""), [(0, None)]),
         "stored._SET_METADATA": (("bob", ids["completion"], "{}"), []),
         "stored._DROP_LABEL": (("bob", ids["completion_pk"], ids["label"]), []),
         "stored._DROP_LABELS": (("bob", ids["completion_pk"]), []),
@@ -302,10 +331,10 @@ def inner(world: World) -> dict[str, tuple[tuple[Any, ...], list[tuple[Any, ...]
 
 async def _past_the_routes(world: World) -> list[str]:
     found = []
-    before = await dump(world.database)
+    before, known = await dump(world.database), statements(MODULES)
     for name, (values, right) in inner(world).items():
         async with world.database.transaction() as transaction:
-            told = [tuple(row) for row in await transaction.fetch(statements()[name], *values)]
+            told = [tuple(row) for row in await transaction.fetch(known[name], *values)]
         if told != right:
             found.append(f"{name}: {told}")
     return found + _changes(before, await dump(world.database), "a statement")
@@ -313,47 +342,35 @@ async def _past_the_routes(world: World) -> list[str]:
 
 # The statements
 
-OWNER = re.compile(
-    r"(?:\w+\.)?user_id(?: \|\| '')? = (?:\$1|l\.user_id)(?: AND user_id = \$1| AND l\.user_id = \$1)?"
-    r"|COALESCE\((?:\w+\.)?user_id, ''\) = \$1"
+MODULES: tuple[ModuleType, ...] = (
+    *(conversation_reads, conversation_edits, conversations, sessions, stored, turn_leases),
 )
-VERBS = re.compile(r"\s*(SELECT|UPDATE|DELETE|WITH)\b")
-MODULES: tuple[ModuleType, ...] = (conversation_reads, conversation_edits, sessions, stored)
 WITHOUT_OWNER = {
     "sessions.ADD": "the ledger's: of the sessions that it has found for its turns",
     "sessions.COUNT_NAMED": "the ledger's: as above",
     "sessions.REVISION": "a number for all",
     "sessions.TOUCH": "a number for all",
+    "conversations._SHARED_OF": "of the conversations that `_SHARED` names",
+    "conversations.ADD_TO": "the ledger's: of the conversation that its turn has found",
+    "conversations.INSERT_BY_PK": "the ledger's: as above",
+    "conversations.INSERT_AT": "the ledger's: as above",
+    "conversations._NAME": "the ledger's: as above",
+    "conversations._OMITTED": "the ledger's: of a message that it has just written",
+    **{f"turn_leases.{name}[{engine}]": why for engine in ("sqlite", "postgres") for name, why in {
+        "_TAKE": "by its key, of which the user is a part: test_a19_who_runs_a_turn_is_nobody_elses_concern",
+        "_SWEEP": "what has run out, whosever it was",
+    }.items()},
+}  # fmt: skip
+ASKING = re.compile(r"user_id(?: \|\| ''|, ''\))? = (?:\$\d|\w+\.user_id)")
+ELSEWHERE = {
+    "keys": "for administrators: tests_standalone/test_user_deletion_isolation.py",
+    "limits": "the sum that a budget begins with: tests_standalone/store/test_limits.py",
+    "postgres_turns": "the ledger's steps once more: tests_standalone/store/test_postgres_turns_isolation.py",
+    "purge": "a chore over all users: tests_standalone/store/test_purge.py",
+    "usage": "for who has the machine: tests_standalone/store/test_usage.py",
+    "user_deletions": "whose rows go: tests_standalone/test_user_deletion_isolation.py",
 }
-
-
-def statements() -> dict[str, str]:
-    """The SQL that the modules run, as it is now: constants, and the items of mappings of them."""
-    found = {}
-    for module in MODULES:
-        short = module.__name__.rpartition(".")[2]
-        for name, value in vars(module).items():
-            if isinstance(value, str) and VERBS.match(value) and "{" not in value:
-                found[f"{short}.{name}"] = value
-            elif isinstance(value, dict) and name.isupper():
-                found |= {f"{short}.{name}[{key}]": sql for key, sql in value.items() if VERBS.match(str(sql))}
-    return found
-
-
-def mutants() -> Iterator[tuple[str, str]]:
-    """Each statement without its owner, and those that ask for it in several places without each of them."""
-    for name, sql in statements().items():
-        if name in WITHOUT_OWNER:
-            continue
-        places = list(OWNER.finditer(sql))
-        yield name, OWNER.sub(_anybody, sql)
-        if len(places) > 1 and not name.startswith("stored."):
-            for place in places:
-                yield name, sql[: place.start()] + _anybody(place) + sql[place.end() :]
-
-
-def _anybody(place: re.Match[str]) -> str:
-    return "CAST($1 AS TEXT) = $1" if "$1" in place[0] else "1 = 1"
+"""Modules that ask for a user who is not the caller, and where that is tried."""
 
 
 @pytest.fixture
@@ -386,8 +403,14 @@ def test_every_route_with_a_parameter_has_an_example() -> None:
 
 
 def test_every_statement_asks_for_the_owner_or_says_why_not() -> None:
-    without = {name for name, sql in statements().items() if OWNER.search(sql) is None}
+    without = {name for name, sql in statements(MODULES).items() if OWNER.search(sql) is None}
     assert without == set(WITHOUT_OWNER)
+
+
+def test_every_module_that_asks_for_a_user_is_tried() -> None:
+    sources = Path(store.__file__).parent.glob("*.py")
+    asking = {source.stem for source in sources if ASKING.search(source.read_text())}
+    assert asking == {module.__name__.rpartition(".")[2] for module in MODULES} | set(ELSEWHERE)
 
 
 async def test_a19_nothing_foreign_is_read_changed_or_counted(world: World) -> None:
@@ -408,27 +431,15 @@ async def test_ann_finds_all_of_it_herself(world: World) -> None:
                 assert answer.json["data"], path
 
 
-@pytest.mark.parametrize(("name", "sql"), list(mutants()))
+@pytest.mark.parametrize(("name", "sql"), list(mutants(MODULES)))
 async def test_a_statement_without_its_owner_is_noticed(
     name: str, sql: str, template: tuple[Path, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, made = template
     shutil.copy(file, tmp_path / "gateway.db")
-    _patch(monkeypatch, name, sql)
+    patch(monkeypatch, MODULES, name, sql)
     async with application(tmp_path, sqlite_url(tmp_path)) as app:
         assert await violations(World(app, made.ann, made.bob, made.ids)) != []
-
-
-def _patch(monkeypatch: pytest.MonkeyPatch, name: str, sql: str) -> None:
-    module, constant, _, key = re.fullmatch(r"(\w+)\.(\w+)(\[(.*)\])?", name).groups()  # type: ignore[union-attr] # our own
-    found = next(one for one in MODULES if one.__name__.endswith(f".{module}"))
-    if key is not None:
-        monkeypatch.setitem(getattr(found, constant), key, sql)
-        return
-    for one in MODULES:
-        if getattr(one, constant, None) == getattr(found, constant) and one is not found:
-            monkeypatch.setattr(one, constant, sql)  # where it is imported by name
-    monkeypatch.setattr(found, constant, sql)
 
 
 async def test_a19_a_foreign_name_begins_a_conversation_of_ones_own(world: World) -> None:
@@ -442,6 +453,12 @@ async def test_a19_a_foreign_name_begins_a_conversation_of_ones_own(world: World
     found = await world.ask(world.bob, "GET", "/conversations/chat/messages")
     assert [message["content"] for message in found.json["data"]] == ["hello", "hello"]
     assert (await world.ask(world.ann, "GET", "/conversations/chat")).json == before
+
+
+async def test_a19_who_runs_a_turn_is_nobody_elses_concern(world: World) -> None:
+    said = {"model": "echo", "messages": [{"role": "user", "content": "hello"}], "conversation_id": "busy"}
+    answers = [(await world.ask(who, "POST", "/v1/chat/completions", said)).status for who in (world.ann, world.bob)]
+    assert answers == [409, 200]
 
 
 @pytest.mark.parametrize("header", ["x-conversation-id", "x-openwebui-chat-id", "chatui-conversation-id"])

@@ -26,6 +26,7 @@ from gateway.limits import (
     Wish,
     held,
 )
+from gateway.slices import Slices
 from gateway.store import keys, limits, limits_sqlite, usage
 from gateway.store.connect import database_at
 from gateway.store.database import Database, Row, RowRejected, Transaction, Value
@@ -181,6 +182,19 @@ async def test_a_claim_for_more_than_a_column_holds_is_a_claim_like_others(migra
     who = account(token_rate=10, token_capacity=100, budget=10**18)
     assert (await ask(migrated, who, tokens=10**30)).tokens == 0
     assert (await ask(migrated, account("b", budget=10**18), cost=10**30)).reason == "budget"
+
+
+async def test_calls_for_more_than_a_column_holds_harm_nobody_who_waits_with_them(migrated: Database) -> None:
+    """Neither by what they claim nor by what a busy worker wishes to hold ahead of the next ones."""
+    odd = account(token_rate=10, token_capacity=100, budget=10**18)
+    accounts, slices = [odd, account("key:b", max_parallel=1)], Slices()
+    slices.wishes("w1", [], {})
+    for tokens, cost in [(10**30, 10**30)] * 2 + [(6, 10**18 // 16)] * 90:
+        slices.count([odd], tokens, cost)
+    wishes = slices.wishes("w1", accounts, {"key:a": 0, "key:b": 1})
+    claims = [Claim(10**30, 10**30, [0]), Claim(5, 10**30, [0]), Claim(0, 0, [1])]
+    verdict = await admit(migrated, Batch("w1", accounts, claims, now=NOON, wishes=wishes))
+    assert [grant.reason for grant in verdict.grants] == ["budget", "budget", ""]
 
 
 async def test_from_when_on_a_bucket_is_full(migrated: Database) -> None:

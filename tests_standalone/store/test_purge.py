@@ -66,6 +66,17 @@ async def test_what_is_old_and_still_used_stays(migrated: Database) -> None:
     assert await rows(migrated, "SELECT deleted_at FROM conversations") == [(None,)]
 
 
+async def test_what_is_old_and_has_a_turn_running_stays(migrated: Database) -> None:
+    """A lease is by the user and the name; one that ran out before that time, nobody holds any more."""
+    await save(migrated, *(turn(name, "a", at=NOON - DAY) for name in ("running", "over", "free")))
+    lease = "INSERT INTO turn_leases (user_id, conversation_id, holder, until) VALUES ($1, $2, 'h', $3)"
+    until = [("ann", "running", NOON + 1), ("ann", "over", NOON), ("bob", "free", NOON + 1)]
+    await migrated.write([(lease, until)])
+    await purge.expire(migrated, 0, unused_since=NOON)
+    await remove_all(migrated, NOON)
+    assert await left(migrated) == {"pk_running": ["a"]}
+
+
 async def test_the_walk_goes_on_and_ends_where_conversations_are_too_young(
     migrated: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from tests_standalone.conftest import eventually
 from tests_standalone.support.gateway import GatewayProcess
 from tests_standalone.support.upstream import ScriptedUpstream
 from tests_standalone.system.conftest import Start, in_front_of
-from tests_standalone.system.http import Answer, post_chat, request_bytes
+from tests_standalone.system.http import Answer, call, post_chat, request_bytes
 
 Message = dict[str, Any]
 
@@ -244,6 +244,41 @@ async def test_a_turn_can_wait_for_the_one_before(upstream: ScriptedUpstream, st
     assert (await sent(upstream))[0].startswith(f"{omitted} word")
     rows = await query(gateway, "SELECT omitted_turns FROM messages WHERE omitted_turns > 0 ORDER BY created_at DESC")
     assert rows[0] == {"omitted_turns": omitted}
+
+
+async def test_what_the_window_cannot_hold_is_left_out_and_told(
+    upstream: ScriptedUpstream, start: Start, database_url: str
+) -> None:
+    """The oldest turns, whole: a result goes with its call. The system message stays."""
+    small = {"backend": "up", "model": "answer", "context_window": 1000}
+    gateway = await start(in_front_of(upstream, database_url, models={"small": small}))
+    look = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    seen = {}
+    for number in range(8):
+        said: list[Message] = [user(f"question {number}")]
+        if number == 0:
+            said.insert(0, {"role": "system", "content": "Be kind."})
+        if number == 2:
+            said.append({"role": "assistant", "content": None, "tool_calls": [look]})
+            said.append({"role": "tool", "tool_call_id": "call_1", "content": "found " * 60})
+        said[-1]["content"] += " word" * 60
+        answer = await say(gateway, *said, model="small", conversation_id="long", max_tokens=10)
+        assert answer.status == 200
+        omitted = int(answer.headers.get("x-gateway-omitted-turns", "0"))
+        seen[number] = omitted
+        roles = [message["role"] for message in upstream.tally[-1].request["messages"]]
+        texts = [text for text in await sent(upstream) if text is not None]
+        assert (roles[0], texts[0]) == ("system", "Be kind.")
+        kept = [text.split()[1] for text in texts if text.startswith("question")]
+        assert kept == [str(turn) for turn in range(omitted, number + 1)]
+        assert roles.count("tool") == (2 in range(omitted, number + 1))
+        assert roles.count("assistant") == len(kept) - 1 + roles.count("tool")
+    assert seen[0] == 0
+    assert seen[7] >= 3, "the turn with the tool is left out"
+    assert any(0 < omitted < 3 for omitted in seen.values()), "and was kept while older ones were not"
+    listed = await call(gateway.port, "GET", "/conversations/long/messages?limit=100")
+    answers = [message for message in listed.json["data"] if message["role"] == "assistant"]
+    assert [one.get("omitted_turns", 0) for one in answers if "tool_calls" not in one] == list(seen.values())
 
 
 async def test_who_waits_gives_up_with_its_client_or_its_worker(upstream: ScriptedUpstream, start: Start) -> None:
