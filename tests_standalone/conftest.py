@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +119,7 @@ class Unsteady:
         self.of = "usage_rows"
         self.fetched: list[str] = []
         self.written: list[Sequence[Step]] = []
+        self.begun = 0
 
     def hold(self) -> None:
         self._open.clear()
@@ -153,8 +154,12 @@ class Unsteady:
             self.lose_answers -= 1
             raise DatabaseUnavailable("the answer was lost")
 
-    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
-        return self._real.transaction()
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        self.begun += 1
+        await self._pass()
+        async with self._real.transaction() as transaction:
+            yield transaction
 
     async def _pass(self) -> None:
         await self._open.wait()
