@@ -139,6 +139,8 @@ class Gateway:
     engine: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 1
+    under: Sequence[str] = ()
+    """A program that runs it."""
 
     @property
     def version(self) -> str | None:
@@ -160,7 +162,7 @@ class Gateway:
                 processes["postgres"] = [
                     int((postgres.socket_folder / "data" / "postmaster.pid").read_text().split()[0])
                 ]
-            gateway = GatewayProcess(config)
+            gateway = GatewayProcess(config, under=self.under)
             stack.callback(gateway.close)
             _, key = gateway.create_key(user="benchmark")
 

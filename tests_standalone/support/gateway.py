@@ -52,14 +52,15 @@ class GatewayProcess:
         folder: Path | None = None,
         env: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
+        under: Sequence[str] = (),
         ready_path: str = "/health/ready",
     ) -> None:
         """Where the configuration does not say otherwise: a free port of 127.0.0.1, SQLite and files in `folder`, no
         limit of requests.
 
         `folder` is made, and removed at the end, if none is given. `env` comes on top of an environment that holds
-        nothing of the developer's but what finds programs and steers Python. Wait for `/health/live` where the database
-        is not there.
+        nothing of the developer's but what finds programs and steers Python. `under` names a program that runs it, and
+        its arguments. Wait for `/health/live` where the database is not there.
         """
         self._own_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="gateway-test-"))
@@ -75,6 +76,7 @@ class GatewayProcess:
         self.stdout_file = self.folder / "stdout.log"
         self.stderr_file = self.folder / "stderr.log"
         self._arguments = arguments
+        self._under = under
         self._ready_path = ready_path
         self._environment = clean_environment(self.folder) | dict(env or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,7 +116,7 @@ class GatewayProcess:
         self.config_file.write_text(yaml.safe_dump(self.config, allow_unicode=True, sort_keys=False), encoding="utf-8")
         with self.stdout_file.open("ab") as stdout, self.stderr_file.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [*self._command("serve"), *self._arguments],
+                [*self._under, *self._command("serve"), *self._arguments],
                 cwd=self.folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
