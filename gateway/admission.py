@@ -137,7 +137,10 @@ class Admission:
         for _ in range(ATTEMPTS):
             allowance = self._allowances.of(caller, end_user)
             demand = self._demand(allowance, estimate)
-            offer = self._held_ahead(allowance.accounts, demand) or await self._offer(allowance.accounts, demand)
+            accounts = allowance.accounts
+            offer = self._at_once(accounts, demand) or await self._granted(demand, accounts)
+            if not offer.grant.reason and (offer.state is None or offer.state.revision == caller.revision):
+                break
             for _ in offer.accounts:
                 if offer.grant.reason == "seed":
                     offer = await self._offer(await self._seeded(offer, caller), demand)
@@ -151,16 +154,20 @@ class Admission:
             caller = renewed
         else:
             raise Unavailable("The limits of this call are changing. Try again in a moment.", retry_after=1)
-        grant, ticket = offer.grant, offer.ticket
-        if grant.reason:
-            if self._metrics is not None:
-                self._metrics.refused(grant.reason)
-            told = {name.decode(): value.decode() for name, value in ticket.headers}
-            raise refusal(grant, offer.accounts[grant.at], told)
+        ticket = offer.ticket
+        if offer.grant.reason:
+            raise self._refusal(offer)
         if self._metrics is not None:
             self._metrics.admitted(time.perf_counter() - started)
             self._metrics.reserved(*most(ticket.holds))
         return ticket
+
+    def _refusal(self, offer: Offer) -> Exception:
+        grant = offer.grant
+        if self._metrics is not None:
+            self._metrics.refused(grant.reason)
+        told = {name.decode(): value.decode() for name, value in offer.ticket.headers}
+        return refusal(grant, offer.accounts[grant.at], told)
 
     @property
     def names(self) -> list[str]:
@@ -177,7 +184,10 @@ class Admission:
             counted, reserved = most(holds)
             self._metrics.settled(tokens if counted else 0, reserved if cost is None else cost if reserved else 0)
         self._pulse.left(holds[0].worker)
-        settled = [one._replace(tokens_used=tokens, cost=one.cost_held if cost is None else cost) for one in holds]
+        settled = [
+            Settlement(subject, worker, slots, held, tokens, cost_held, cost_held if cost is None else cost, period)
+            for subject, worker, slots, held, _, cost_held, _, period in holds
+        ]
         if isinstance(self._book, MemoryBook):
             self._book.settle(settled)
             return []
@@ -189,11 +199,18 @@ class Admission:
             self._released += settlements
             self._ensure_running()
 
+    def _at_once(self, accounts: Sequence[Account], demand: Demand) -> Offer | None:
+        """What needs no round trip: of the book in memory, or of what is held ahead."""
+        book = self._book
+        if isinstance(book, MemoryBook):
+            return _of_memory(book, accounts, demand)
+        return None if book.is_cut else self._held_ahead(accounts, demand)
+
     async def _offer(self, accounts: Sequence[Account], demand: Demand) -> Offer:
-        if not isinstance(self._book, MemoryBook):
-            return await self._granted(demand, accounts)
-        [grant] = self._book.admit(Batch("", accounts, [claim_of(demand, accounts)]))
-        return Offer(grant, ticket_for("", demand, accounts, grant), accounts)
+        """Of the book itself."""
+        if isinstance(self._book, MemoryBook):
+            return _of_memory(self._book, accounts, demand)
+        return await self._granted(demand, accounts)
 
     async def _seeded(self, offer: Offer, caller: Caller) -> list[Account]:
         """The same accounts, with what that budget has cost which refused. Callers of one moment share the sum."""
@@ -232,8 +249,6 @@ class Admission:
     # --- ahead
 
     def _held_ahead(self, accounts: Sequence[Account], demand: Demand) -> Offer | None:
-        if isinstance(self._book, MemoryBook) or self._book.is_cut:
-            return None
         name = self._pulse.name
         grant = self._slices.take(name, accounts, demand.tokens, demand.cost or 0)
         if grant is None:
@@ -355,3 +370,8 @@ class Admission:
                 log.exception("saying that this worker lives failed")
                 self._pulse.stopped()
             await asyncio.sleep(BEAT_EVERY / 1000)
+
+
+def _of_memory(book: MemoryBook, accounts: Sequence[Account], demand: Demand) -> Offer:
+    [grant] = book.admit(Batch("", accounts, [claim_of(demand, accounts)]))
+    return Offer(grant, ticket_for("", demand, accounts, grant), accounts)

@@ -7,7 +7,7 @@ The buckets and slots of a key that is marked `per_end_user` are those of each o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.caller import Caller, KeyLimits
@@ -101,16 +101,19 @@ def headers(account: Account, grant: Grant) -> list[tuple[bytes, bytes]]:
     """OpenAI's `x-ratelimit-*` for the account with the buckets: what it holds when full, what is left, when it is full
     again. Nothing is said of what is not limited."""
     found: list[tuple[bytes, bytes]] = []
-    if account.request_rate is not None and grant.requests is not None:
-        found += _told(_REQUESTS, account.request_rate, account.request_capacity, grant.requests)
-    if account.token_rate is not None and grant.tokens is not None:
-        found += _told(_TOKENS, account.token_rate, account.token_capacity, grant.tokens)
+    _, request_rate, requests, token_rate, tokens, _, _, _, _ = account
+    _, _, _, requests_left, tokens_left, _ = grant
+    if request_rate is not None and requests_left is not None:
+        found += _told(_REQUESTS, request_rate, requests, requests_left)
+    if token_rate is not None and tokens_left is not None:
+        found += _told(_TOKENS, token_rate, tokens, tokens_left)
     return found
 
 
-def _told(names: tuple[bytes, bytes, bytes], rate: int, capacity: int, level: int) -> Iterator[tuple[bytes, bytes]]:
-    left = b"%d" % max(0, level // UNIT)
-    return zip(names, (b"%d" % capacity, left, duration(-((level - capacity * UNIT) // rate)).encode()), strict=True)
+def _told(names: tuple[bytes, bytes, bytes], rate: int, capacity: int, level: int) -> Sequence[tuple[bytes, bytes]]:
+    limit, remaining, reset = names
+    left, after = max(0, level // UNIT), -((level - capacity * UNIT) // rate)
+    return (limit, b"%d" % capacity), (remaining, b"%d" % left), (reset, duration(after).encode())
 
 
 def duration(milliseconds: int) -> str:

@@ -49,7 +49,8 @@ _RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 
 
 class Gateway:
-    """The ASGI application. `drain` is what the server tells about the end of the worker."""
+    """The ASGI application. `drain` is what the server tells about the end of the worker. `http` answers requests whose
+    scope has a state, as our own server's have: what `__call__` does for these, without a frame of its own."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -59,7 +60,7 @@ class Gateway:
         self._known = _without_parameters(routes)
         self._router = Router(routes, redirect_slashes=False, default=not_found, lifespan=self._lifespan)
         inner = ErrorBoundary(OnePath(self._routed))
-        self._app = CORS(Observed(inner, settings.server.trusted_proxies), settings.server.cors_origins)
+        self.http = CORS(Observed(inner, settings.server.trusted_proxies), settings.server.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -67,7 +68,7 @@ class Gateway:
             return
         if scope["type"] == "http":
             scope.setdefault("state", {})
-        await self._app(scope, receive, send)
+        await self.http(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What keeps the gateway from starting is said in lines that name the setting, without a traceback."""
@@ -78,7 +79,7 @@ class Gateway:
             await send(message)
 
         try:
-            await self._app(scope, receive, plainly)
+            await self.http(scope, receive, plainly)
         except ConfigError:
             if not self._problems:
                 raise

@@ -52,6 +52,7 @@ Mode = Literal["auto", "keys", "open"]
 _HOST = re.compile(r"(?:\[(?P<ip6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?")
 _FORWARDING = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|via")
 _KEY_PARAMETERS = frozenset({"api_key", "api-key", "apikey", "key", "access_token", "x-api-key", "authorization"})
+_CARRIERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 _HOW_TO = "Make one with `gateway keys create --user NAME` and send it as `Authorization: Bearer sk-...`."
 _ALPHABET = string.ascii_letters + string.digits + "-_"
 
@@ -116,7 +117,8 @@ class Auth:
     async def identify(self, peer: Peer) -> Caller:
         """Raises Unauthenticated, BadRequest, RateLimited, or DatabaseUnavailable: a silent database never lets anyone
         in. In mode `open` nothing is asked of it here."""
-        refuse_key_in_query(peer.query)
+        if peer.query:
+            refuse_key_in_query(peer.query)
         if self._mode == "open":
             return self._keyless
         state = await self._watch.state()
@@ -166,7 +168,7 @@ class Auth:
         return self._admin_digest is not None and hmac.compare_digest(key_digest, self._admin_digest)
 
     async def _by_digest(self, found: str, state: KeyState) -> Caller | None:
-        known = await self._keys.find(found, state)
+        known = self._keys.found(found, state) or await self._keys.find(found, state)
         return known.caller if known is not None and _opens(found, known.key) else None
 
     def _news(self, peer: Peer) -> str | None:
@@ -217,7 +219,10 @@ class Auth:
 
 def _opens(found: str, key: StoredKey) -> bool:
     now = int(time.time() * 1000)
-    return key.usable(now) and any(hmac.compare_digest(found, good) for good in key.accepts(now))
+    if not key.usable(now):
+        return False
+    own, *previous = key.accepts(now)
+    return hmac.compare_digest(found, own) or any(hmac.compare_digest(found, good) for good in previous)
 
 
 def _no_key(why: str = "") -> Unauthenticated:
@@ -232,6 +237,8 @@ def credential(peer: Peer) -> str | None:
     """The one key of the request. The same key sent in several ways is one key; two different ones are refused."""
     found: set[str] = set()
     for name, raw in peer.headers:
+        if name not in _CARRIERS:
+            continue
         if name == b"authorization":
             value = _text(raw)
             scheme, _, key = value.partition(" ")
@@ -240,7 +247,7 @@ def credential(peer: Peer) -> str | None:
             elif value:
                 told = f"The Authorization header must be `Bearer sk-...`. {_HOW_TO}"
                 raise Unauthenticated(told, log="wrong scheme")
-        elif (name == b"x-api-key" or name == b"api-key") and (value := _text(raw)):
+        elif value := _text(raw):
             found.add(value)
     if len(found) > 1:
         raise BadRequest("The request carries two different API keys. Send one.", code="ambiguous_credentials")
@@ -256,8 +263,6 @@ def _any_credential(peer: Peer) -> str | None:
 
 def refuse_key_in_query(query: bytes) -> None:
     """URLs end up in logs and histories: a key in one is refused, whatever the mode."""
-    if not query:
-        return
     for name, value in parse_qsl(query.decode("latin-1")):
         if value and (name.lower() in _KEY_PARAMETERS or value.startswith("sk-")):
             raise BadRequest(

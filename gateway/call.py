@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -71,7 +71,7 @@ class Job(Generic[R]):
     started: float = field(default_factory=time.perf_counter)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """A whole answer, durable, ready to be sent."""
 
@@ -150,11 +150,6 @@ class Call(Generic[R]):
 
     # --- attempts
 
-    async def _admit(self) -> None:
-        """Takes what the call needs of its limits. Raises GatewayError."""
-        job = self.job
-        self.ticket = await self._relay.admission.admit(job.caller, job.end_user, self._demand)
-
     def _demand(self, priced: bool) -> Demand:
         relay, job, request = self._relay, self.job, self.job.request
         read = estimates.input_tokens(request)
@@ -177,23 +172,26 @@ class Call(Generic[R]):
             self._give_back()
 
     async def _try_routes(self, call: Callable[[Route, R], Coroutine[Any, Any, T]]) -> T:
-        await self._admit()
-        plan = list(self._relay.catalog.attempts(self.job.model, self.job.request.operation))
+        """The answer of the first route that gives one, once the limits have let the call in. Raises GatewayError."""
+        job = self.job
+        self.ticket = await self._relay.admission.admit(job.caller, job.end_user, self._demand)
+        plan = self._relay.catalog.attempts(job.model, job.request.operation)
         if len(plan) == 1:
             plan *= 2
         for number, (name, route) in enumerate(plan, 1):
             self._name, self.route, self._attempt_started = name, route, time.perf_counter()
-            follower = plan[number][1] if number < len(plan) else None
             failures_before = route.health.failures
             try:
                 answer = await self._run(call(route, self._request_for(route)))
             except BadRequest:  # this backend can never do it, and was not asked
+                follower = _follower(plan, number)
                 if follower is None or follower is route:
                     raise
             except UpstreamError as failure:
                 if not self._broken_off:
                     route.health.failed(failure)
                     self._relay.failed(route.backend.name, failure)
+                follower = _follower(plan, number)
                 if self.stopped or self._committed or follower is None or not _may_follow(failure, route, follower):
                     raise
                 log.warning("%s failed (%s), trying again", route.backend.name, failure.log or failure.message)
@@ -299,11 +297,11 @@ class Call(Generic[R]):
 
     async def _record(self, answer: Message | None, row: UsageRow, *, keep_talk: bool = True) -> None:
         """One turn to the ledger. Once given it is the ledger's, even if this task is cancelled."""
-        conversation = None
-        if self.job.talk is not None and (keep_talk or not self.job.talk.is_new):
-            row.conversation_id = self.conversation_id
-        if self.job.talk is not None and keep_talk:
-            conversation = self.job.talk.turn(
+        talk, conversation = self.job.talk, None
+        if talk is not None and (keep_talk or not talk.is_new):
+            row.conversation_id = talk.id
+        if talk is not None and keep_talk:
+            conversation = talk.turn(
                 answer,
                 row.created_at,
                 model=row.model,
@@ -312,12 +310,13 @@ class Call(Generic[R]):
                 output_tokens=row.output_tokens,
                 cost_nanousd=row.cost_nanousd or 0,
             )
-        for earlier in self._meter.rows:
+        rows = self._meter.rows
+        for earlier in rows:
             earlier.conversation_id = row.conversation_id
         settlements = self._relay.admission.settle(self.ticket, *self._meter.charged())
-        await self._relay.ledger.record(Turn(self._meter.rows, conversation, settlements, self._stored))
-        if self.job.talk is not None and conversation is not None:
-            self.job.talk.was_recorded(conversation)
+        await self._relay.ledger.record(Turn(rows, conversation, settlements, self._stored))
+        if talk is not None and conversation is not None:
+            talk.was_recorded(conversation)
 
     def _row(self, outcome: Outcome, *, charged: bool = True) -> UsageRow:
         assert self.route is not None
@@ -334,6 +333,10 @@ class Call(Generic[R]):
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _follower(plan: Sequence[tuple[str, Route]], number: int) -> Route | None:
+    return plan[number][1] if number < len(plan) else None
 
 
 def _names_others(request: ChatRequest | OperationRequest) -> bool:

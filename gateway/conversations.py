@@ -118,12 +118,14 @@ class Conversations:
 
     def prepare(self, request: ChatRequest, talk: Talk | None) -> ChatRequest:
         """The request as the upstream shall see it: history first, our own field taken out."""
-        lead = self._system if talk is None else talk.preface or talk.reminder
-        if talk is None and _has_system(request.messages):
-            lead = None
         if "conversation_id" in request.data:
             request = request.with_fields(conversation_id=None)
-        history = talk.history if talk is not None else ()
+        if talk is not None:
+            lead, history = talk.preface or talk.reminder, talk.history
+        else:
+            lead, history = None if _has_system(request.messages) else self._system, ()
+        if lead is None and not history:
+            return request
         if history and request.messages[0].get("role") in NOT_CHAINED:
             return _behind_its_system(request, history)
         before = [as_json(message) for message in history]
@@ -156,8 +158,9 @@ class Conversations:
 
     async def _into_its_branch(self, talk: Talk) -> None:
         """A history that left the conversation earlier, and was answered since, goes on in the branch of that time."""
-        if talk.parent is not None and (found := await self._place(talk.caller, talk.chain, talk.asked)) is not None:
-            last, whole, place = found
+        last = threads.last_answer(talk.asked) if talk.parent is not None else None
+        if last is not None and (found := await self._place(talk.caller, talk.chain, talk.asked, last)) is not None:
+            whole, place = found
             talk.id, talk.pk, talk.is_new, talk.parent = place.id, place.pk, False, None
             talk.session_id, talk.asked, talk.chain = place.session_id, talk.asked[last + 1 :], whole
             talk.after, talk.title = place.seq, place.title
@@ -171,7 +174,7 @@ class Conversations:
         found = await rows.find_chains(self._database, caller.user_id, wanted, LAST_CHAINS)
         if found is None:
             _check_foreign(wanted)
-            return Talk(wanted, new_pk(), caller, end_user, True, request.messages, chain=start)
+            return Talk(wanted, new_pk(), caller, end_user, True, request.messages, chain=start, is_named=True)
         if not found.message_count:
             known = threads.Known(0, start)
         else:
@@ -186,10 +189,10 @@ class Conversations:
     async def _threaded(self, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk:
         messages = request.messages
         start = threads.seed(caller.user_id, caller.key_id, end_user)
-        found = await self._place(caller, start, messages) if self._store_content else None
-        if found is None:
+        last = threads.last_answer(messages) if self._store_content else None
+        if last is None or (found := await self._place(caller, start, messages, last)) is None:
             return Talk(new_id(), new_pk(), caller, end_user, True, messages, chain=start)
-        last, whole, place = found
+        whole, place = found
         talk = Talk(place.id, place.pk, caller, end_user, False, messages[last + 1 :], place.session_id, chain=whole)
         talk.after, talk.title = place.seq, place.title
         if threads.is_free(place, self._taken):
@@ -198,17 +201,16 @@ class Conversations:
             talk.branch_off()
         return talk
 
-    async def _place(self, caller: Caller, start: str, messages: Sequence[Message]) -> tuple[int, str, Place] | None:
-        """Where the last answer of these messages stands among them, the chain after it, and where it is stored. None:
-        there is no answer, or nobody has given it."""
-        last = threads.last_answer(messages)
-        if last is None:
-            return None
+    async def _place(
+        self, caller: Caller, start: str, messages: Sequence[Message], last: int
+    ) -> tuple[str, Place] | None:
+        """The chain after the last answer of these messages, which is the one at `last`, and where it is stored. None:
+        nobody has given it."""
         before = threads.chain_of(start, messages[:last])
         whole = threads.link(before, messages[last])
         found = await rows.places(self._database, caller.user_id, whole, threads.partial(before))
         place = threads.best(found, messages[last], self._taken)
-        return None if place is None else (last, whole, place)
+        return None if place is None else (whole, place)
 
 
 class _Taken:

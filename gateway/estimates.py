@@ -29,13 +29,17 @@ def input_tokens(request: ChatRequest | OperationRequest) -> int:
         return _of_operation(request)
     if isinstance(request, CompletionRequest):
         return _of_any(request.data.get("prompt")) + _of_any(request.data.get("suffix"))
+    data = request.data
     total = 0
-    for message in request.messages:
+    for message in data["messages"]:
         content = message.get("content")
         total += AROUND_MESSAGE + (_bytes(content) if type(content) is str else _of_parts(content))
         if len(message) > 2 or "content" not in message:
             total += sum(len(dumps(value)) for key, value in message.items() if key not in _OF_MESSAGE)
-    return total + sum(len(dumps(request.data[key])) for key in _ALSO_READ if request.data.get(key))
+    for key in _ALSO_READ:
+        if data.get(key):
+            total += len(dumps(data[key]))
+    return total
 
 
 def output_tokens(request: ChatRequest | OperationRequest, unlimited: int) -> int:
@@ -45,9 +49,11 @@ def output_tokens(request: ChatRequest | OperationRequest, unlimited: int) -> in
     data = request.data
     if isinstance(request, OperationRequest):
         return unlimited * _count(data.get("n"))
-    told = [value for key in ("max_completion_tokens", "max_tokens") if (value := data.get(key)) and value > 0]
+    most = max(data.get("max_completion_tokens") or 0, data.get("max_tokens") or 0)
+    if most <= 0:
+        most = unlimited
     answers = max(request.choice_count, _count(data.get("best_of")))
-    return max(told, default=unlimited) * answers * _prompts(data.get("prompt"))
+    return most * answers * _prompts(data.get("prompt"))
 
 
 def cost(routes: Iterable[Route], at: int, tokens_in: int, tokens_out: int, tier: object) -> int | None:
@@ -55,11 +61,12 @@ def cost(routes: Iterable[Route], at: int, tokens_in: int, tokens_out: int, tier
 
     `tier`: the service tier that is asked for; an upstream may also serve the standard one."""
     most = 0
+    tiers = (None, tier) if isinstance(tier, str) else (None,)
     for route in routes:
         if route.price is None:
             return None
-        tiers = (None, tier) if isinstance(tier, str) else (None,)
-        for price in [route.price.at(at, each) for each in tiers]:
+        for each in tiers:
+            price = route.price.at(at, each)
             bound = None if price is None else price.most(tokens_in, tokens_out)
             if bound is None:
                 return None

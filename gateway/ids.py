@@ -14,9 +14,10 @@ def random_hex() -> str:
     try:
         return _ready.pop()
     except IndexError:
-        digits = os.urandom(16 * _AT_ONCE).hex()
-        _ready.extend(digits[at : at + 32] for at in range(32, len(digits), 32))
-        return digits[:32]
+        made = os.urandom(16 * _AT_ONCE).hex(" ", 16).split()
+        mine = made.pop()  # before another thread can take them all
+        _ready.extend(made)
+        return mine
 
 
 def ordered_hex() -> str:

@@ -41,6 +41,10 @@ class KnownKeys:
         self._revision = -1
         self._missed_at = float("-inf")
 
+    def found(self, digest: str, state: KeyState) -> Known | None:
+        """One that was found under this state, or a later one."""
+        return self._found.get(digest) if state.revision <= self._revision else None
+
     async def find(self, digest: str, state: KeyState) -> Known | None:
         """As it stands under this state, or a later one. Raises DatabaseUnavailable."""
         if state.revision > self._revision:

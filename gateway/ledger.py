@@ -20,19 +20,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
+from gateway.current_sessions import IDLE_MS, CurrentSessions
 from gateway.errors import DatabaseUnavailable, NotRecorded
-from gateway.ids import ordered_hex
 from gateway.limits import Settlement, summed
 from gateway.store import conversations, limits, sessions, stored, turn_leases, usage
 from gateway.store.conversations import ConversationTurn
 from gateway.store.database import AlreadyThere, Database, RowRejected, Step
 from gateway.store.sessions import SessionTotals
 from gateway.store.stored import StoredCompletion
+from gateway.store.turn_leases import Lease
 from gateway.store.usage import UsageRow
 from gateway.talks import branched
 
@@ -47,9 +48,6 @@ COMMIT_SECONDS = 5.0
 BYTES_PER_SECOND = 1 << 20
 """What a commit gets on top of its seconds: the slowest line that is worth waiting for."""
 RETRY_PAUSE = 0.25
-SESSION_IDLE_MS = 30 * 60 * 1000
-SESSION_NEWS_SECONDS = 1.0
-_MOST_SESSIONS = 10_000
 
 
 @dataclass(slots=True)
@@ -72,6 +70,9 @@ class Turn:
     """Bytes of content, about; known once it is recorded."""
 
 
+_SIZE: Callable[[Turn], int] = attrgetter("size")
+
+
 class LedgerMetrics(Protocol):
     """Who is told how the ledger is doing. Times are in seconds."""
 
@@ -92,22 +93,18 @@ class Ledger:
         database: Database,
         metrics: LedgerMetrics | None = None,
         lost: Callable[[Sequence[Settlement]], None] = lambda settlements: None,
-        session_idle_ms: int = SESSION_IDLE_MS,
+        session_idle_ms: int = IDLE_MS,
     ) -> None:
-        """`lost` gets the settlements of a turn that cannot be written. `session_idle_ms`: for how long a user may be
-        silent and still be in the same session."""
+        """`lost` gets the settlements of a turn that cannot be written."""
+        self.sessions = CurrentSessions(database, session_idle_ms)
         self._database = database
         self._lost = lost
-        self._idle_ms = session_idle_ms
         self._metrics = metrics
         self._waiting: list[Turn] = []
         self._waiting_bytes = 0
         self._trouble: str | None = None
         self._most_in_batch = MOST_IN_BATCH
         self._wake = asyncio.Event()
-        self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
-        self._sessions_revision = -1
-        self._looked_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
@@ -164,18 +161,19 @@ class Ledger:
 
     def _accepted(self, turn: Turn) -> asyncio.Future[None]:
         """What the turn's caller waits for; who stops waiting takes nothing but this along."""
-        turn.size = _size(turn)
-        full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + turn.size > MOST_WAITING_BYTES
+        size = turn.size = _size(turn)
+        full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + size > MOST_WAITING_BYTES
         if (full and self._waiting) or self._task is None or self._task.done():
             log.error("turn not recorded, no room: %s", _figures(turn))
             self._lost(turn.settlements)
             raise NotRecorded(log="the ledger takes no more turns")
-        turn.waiter, turn.give_up_at = self._loop.create_future(), self._loop.time() + DEADLINE
+        loop = self._loop
+        turn.waiter, turn.give_up_at = loop.create_future(), loop.time() + DEADLINE
         self._waiting.append(turn)
-        self._waiting_bytes += turn.size
+        self._waiting_bytes += size
         self._wake.set()
         if self._timer is None:
-            self._timer = self._loop.call_at(turn.give_up_at, self._tell_late_ones)
+            self._timer = loop.call_at(turn.give_up_at, self._tell_late_ones)
         return turn.waiter
 
     def _tell_late_ones(self) -> None:
@@ -209,7 +207,7 @@ class Ledger:
                     self._trouble = None
                     self._most_in_batch = min(MOST_IN_BATCH, 2 * self._most_in_batch)
                     del self._waiting[: len(batch)]
-                    self._waiting_bytes -= sum(turn.size for turn in batch)
+                    self._waiting_bytes -= _bytes(batch)
                     if self._metrics is not None:
                         self._metrics.committed(len(batch), time.perf_counter() - started)
             if self._closing:
@@ -275,63 +273,21 @@ class Ledger:
 
     async def _write(self, batch: Sequence[Turn]) -> None:
         await self._give_sessions(batch)
-        turns = [turn.conversation for turn in batch if turn.conversation is not None]
-        steps: list[Step] = [usage.insert(row for turn in batch for row in turn.usage)]
-        steps += conversations.save(turns)
-        steps.append(sessions.add_totals(_session_totals(turns)))
-        named = [turn for turn in turns if turn.is_new and turn.is_named]
-        steps.append(sessions.count_named((turn.session_id, turn.pk) for turn in named if turn.session_id is not None))
-        steps.append(limits.settlement_step(summed(one for turn in batch for one in turn.settlements)))
-        steps += stored.save((turn.stored, _conversation_id(turn)) for turn in batch if turn.stored is not None)
-        steps.append(turn_leases.release_step(turn.lease for turn in turns if turn.lease is not None))
-        size = sum(turn.size for turn in batch)
-        await self._database.write(steps, timeout=COMMIT_SECONDS + size / BYTES_PER_SECOND)
+        await self._database.write(_steps(batch), timeout=COMMIT_SECONDS + _bytes(batch) / BYTES_PER_SECOND)
 
     async def _give_sessions(self, batch: Sequence[Turn]) -> None:
-        """A new conversation joins its user's session, which is opened if the last one has been idle."""
+        """A new conversation joins its user's session."""
         for turn in batch:
             talk = turn.conversation
             if talk is None:
                 continue
             if talk.is_new and talk.session_id is None:
-                await self._look_for_news()
-                talk.session_id = self._known_session(talk) or await self.session_of(talk.user_id, talk.at)
+                if self.sessions.is_news_due:
+                    await self.sessions.look_for_news()
+                known = self.sessions.known(talk.user_id, talk.at)
+                talk.session_id = known or await self.sessions.of(talk.user_id, talk.at)
             for row in turn.usage:
                 row.session_id = talk.session_id
-
-    def _known_session(self, talk: ConversationTurn) -> str | None:
-        """The session that this worker remembers of the user, if it goes on with this turn."""
-        known = self._sessions.get(talk.user_id)
-        if known is None or talk.at - known[1] > self._idle_ms:
-            return None
-        self._sessions[talk.user_id] = (known[0], talk.at)
-        self._sessions.move_to_end(talk.user_id)
-        return known[0]
-
-    async def _look_for_news(self) -> None:
-        """Once in a while: whether a session was opened or ended outside of a turn, by any worker."""
-        now = self._loop.time()
-        if self._sessions and now - self._looked_at >= SESSION_NEWS_SECONDS:
-            revision = await sessions.revision(self._database)
-            if revision != self._sessions_revision:
-                self._sessions.clear()
-            self._sessions_revision, self._looked_at = revision, now
-
-    def forget_session(self, user_id: str) -> None:
-        """This worker need not wait for the news: it has opened or ended one."""
-        self._sessions.pop(user_id, None)
-
-    async def session_of(self, user_id: str, now: int) -> str:
-        """The user's current session, opened if there is none."""
-        session_id = await sessions.current(self._database, user_id, active_since=now - self._idle_ms)
-        if session_id is None:
-            session_id = f"sess_{ordered_hex()}"
-            await sessions.open_session(self._database, session_id, user_id, now)
-        self._sessions.pop(user_id, None)
-        self._sessions[user_id] = (session_id, now)
-        if len(self._sessions) > _MOST_SESSIONS:
-            self._sessions.popitem(last=False)
-        return session_id
 
 
 def _made_a_branch(turn: Turn) -> bool:
@@ -342,15 +298,49 @@ def _made_a_branch(turn: Turn) -> bool:
     return True
 
 
-def _conversation_id(turn: Turn) -> str | None:
-    return None if turn.conversation is None else turn.conversation.id
+def _steps(batch: Sequence[Turn]) -> list[Step]:
+    """What is written of these turns, in the order in which it must be."""
+    rows: list[UsageRow] = []
+    settlements: list[Settlement] = []
+    talks: list[ConversationTurn] = []
+    named: list[tuple[str, str]] = []
+    leases: list[Lease] = []
+    completions: list[tuple[StoredCompletion, str | None]] = []
+    for turn in batch:
+        rows += turn.usage
+        settlements += turn.settlements
+        talk = turn.conversation
+        if turn.stored is not None:
+            completions.append((turn.stored, None if talk is None else talk.id))
+        if talk is None:
+            continue
+        talks.append(talk)
+        if talk.is_named and talk.is_new and talk.session_id is not None:
+            named.append((talk.session_id, talk.pk))
+        if talk.lease is not None:
+            leases.append(talk.lease)
+    return [
+        usage.insert(rows),
+        *conversations.save(talks),
+        sessions.add_totals(_session_totals(talks)),
+        sessions.count_named(named),
+        limits.settlement_step(summed(settlements)),
+        *stored.save(completions),
+        turn_leases.release_step(leases),
+    ]
+
+
+def _bytes(batch: Sequence[Turn]) -> int:
+    return sum(map(_SIZE, batch))
 
 
 def _size(turn: Turn) -> int:
     size = 0 if turn.stored is None else turn.stored.size
     if turn.conversation is not None:
         for message in turn.conversation.messages or ():
-            size += len(message.content) + len(message.extra or "")
+            size += len(message.content)
+            if message.extra is not None:
+                size += len(message.extra)
     return size
 
 
@@ -359,18 +349,22 @@ def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
     for turn in turns:
         if turn.session_id is None:
             continue
-        total = totals.setdefault(turn.session_id, SessionTotals(turn.session_id))
+        total = totals.get(turn.session_id)
+        if total is None:
+            total = totals[turn.session_id] = SessionTotals(turn.session_id)
         total.conversations += turn.is_new and not turn.is_named
         total.tokens += turn.tokens_output
         total.cost_nanousd += turn.cost_nanousd
-        total.last_activity = max(total.last_activity, turn.at)
+        if turn.at > total.last_activity:
+            total.last_activity = turn.at
     return list(totals.values())
 
 
 def _settle(turn: Turn, failure: NotRecorded | None) -> None:
     turn.settled = True
-    if turn.waiter is not None and not turn.waiter.done():
-        _tell(turn.waiter, failure)
+    waiter = turn.waiter
+    if waiter is not None and not waiter.done():
+        _tell(waiter, failure)
 
 
 def _tell(waiter: asyncio.Future[None], failure: NotRecorded | None) -> None:

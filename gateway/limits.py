@@ -322,20 +322,30 @@ def _take(claim: Claim, account: Account, state: State) -> None:
 def held(claim: Claim, account: Account, grant: Grant, place: int, worker: str) -> Settlement:
     """What a granted claim holds of an account (the one at `place` of the claim's), as a settlement of a call that used
     nothing."""
-    slots = 0 if account.max_parallel is None else 1
-    tokens = 0 if account.token_rate is None else min(claim.tokens, account.token_capacity)
-    cost = 0 if account.budget is None else claim.cost
-    return Settlement(account.subject, worker, slots, tokens, 0, cost, 0, grant.periods[place])
+    subject, _, _, rate, capacity, parallel, budget, _, _ = account
+    slots = 0 if parallel is None else 1
+    tokens = 0 if rate is None else min(claim.tokens, capacity)
+    return Settlement(subject, worker, slots, tokens, 0, 0 if budget is None else claim.cost, 0, grant.periods[place])
 
 
 def summed(settlements: Iterable[Settlement]) -> list[Settlement]:
     """One settlement for each subject, worker and period, in one order for all workers."""
-    sums: dict[tuple[str, str, int], list[int]] = {}
+    sums: dict[tuple[str, str, int], Settlement] = {}
     for one in settlements:
-        total = sums.setdefault((one.subject, one.worker, one.period), [0, 0, 0, 0, 0])
-        for place, value in enumerate((one.slots, one.tokens_held, one.tokens_used, one.cost_held, one.cost)):
-            total[place] += value
-    return [
-        Settlement(subject, worker, slots, held, used, reserved, cost, period)
-        for (subject, worker, period), (slots, held, used, reserved, cost) in sorted(sums.items())
-    ]
+        subject, worker, slots, held, used, reserved, cost, period = one
+        which = subject, worker, period
+        known = sums.get(which)
+        if known is not None:
+            _, _, more_slots, more_held, more_used, more_reserved, more_cost, _ = known
+            one = Settlement(
+                subject,
+                worker,
+                slots + more_slots,
+                held + more_held,
+                used + more_used,
+                reserved + more_reserved,
+                cost + more_cost,
+                period,
+            )
+        sums[which] = one
+    return [sums[which] for which in sorted(sums)]

@@ -58,16 +58,16 @@ def access(
     told = (request_id, method, path, status, seconds, client, user, model)
     handler = _only_handler()
     if handler is not None:
-        handler.put(partial(_access_line, handler.formatter, time.time(), *told))
+        handler.put(partial(_access_line, handler.formatter, time.time(), told))
     else:
-        access_log.info("request", extra={"fields": _access_fields(*told)})
+        access_log.info("request", extra={"fields": _access_fields(told)})
 
 
-def _access_line(formatter: JSONFormatter | TextFormatter, created: float, *told: Any) -> str:
-    return formatter.line(created, "INFO", "gateway.access", "request", _access_fields(*told))
+def _access_line(formatter: JSONFormatter | TextFormatter, created: float, told: tuple[Any, ...]) -> str:
+    return formatter.line(created, "INFO", "gateway.access", "request", _access_fields(told))
 
 
-def _access_fields(*told: Any) -> dict[str, object]:
+def _access_fields(told: tuple[Any, ...]) -> dict[str, object]:
     """Of what `access` is told, in its order."""
     fields = dict(zip(_ACCESS_FIELDS, told, strict=True))
     fields["ms"] = round(fields["ms"] * 1000, 1)

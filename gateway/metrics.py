@@ -181,17 +181,18 @@ class Metrics:
         """`route` is the path with its parameters' names, empty if there is none for it."""
         self._running -= 1
         self._streams -= streamed
-        key = (route, method if method in _METHODS else OTHER, status)
-        found = self._by_request.get(key)
+        found = self._by_request.get((route, method, status))
         if found is None:
-            found = self._by_request[key] = self._of_request(*key)
+            found = self._of_request(route, method if method in _METHODS else OTHER, status)
         count, duration = found
         count[0] += 1.0
         duration.observe(seconds)
 
     def _of_request(self, route: str, method: str, status: int) -> tuple[Cells, Histogram]:
-        route = route.replace(":path}", "}") or OTHER
-        return self._totals.cells(REQUESTS, route, method, str(status)), self._totals.histogram(REQUEST_SECONDS, route)
+        key, route = (route, method, status), route.replace(":path}", "}") or OTHER
+        cells = self._totals.cells(REQUESTS, route, method, str(status))
+        found = self._by_request[key] = cells, self._totals.histogram(REQUEST_SECONDS, route)
+        return found
 
     # --- attempts at upstreams
 
@@ -226,12 +227,16 @@ class Metrics:
         self._totals.cells(REFUSED, reason)[0] += 1.0
 
     def reserved(self, tokens: int, nanousd: int) -> None:
-        self._reserved[0][0] += tokens
-        self._reserved[1][0] += nanousd / 1e9
+        if tokens:
+            self._reserved[0][0] += tokens
+        if nanousd:
+            self._reserved[1][0] += nanousd / 1e9
 
     def settled(self, tokens: int, nanousd: int) -> None:
-        self._settled[0][0] += tokens
-        self._settled[1][0] += nanousd / 1e9
+        if tokens:
+            self._settled[0][0] += tokens
+        if nanousd:
+            self._settled[1][0] += nanousd / 1e9
 
     # --- the ledger
 

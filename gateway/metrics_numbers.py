@@ -70,8 +70,9 @@ class Histogram:
         self._bounds, self._cells = bounds, cells
 
     def observe(self, value: float) -> None:
-        self._cells[bisect_left(self._bounds, value)] += 1.0
-        self._cells[-1] += value
+        cells = self._cells
+        cells[bisect_left(self._bounds, value)] += 1.0
+        cells[-1] += value
 
 
 class Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol
 
 from starlette.exceptions import HTTPException
@@ -41,12 +41,17 @@ _EXPOSED = (
 )
 
 
+def headers_by_name(scope: Scope) -> Mapping[bytes, bytes]:
+    """The first header of each name (lower case)."""
+    found: dict[bytes, bytes] | None = scope.get("gateway.headers")
+    if found is None:
+        found = scope["gateway.headers"] = dict(reversed(scope["headers"]))
+    return found
+
+
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of that name (lower case)."""
-    by_name: dict[bytes, bytes] | None = scope.get("gateway.headers")
-    if by_name is None:
-        by_name = scope["gateway.headers"] = dict(reversed(scope["headers"]))
-    return by_name.get(name)
+    return headers_by_name(scope).get(name)
 
 
 def one_path(path: str) -> str:
@@ -75,8 +80,11 @@ class CORS:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
             return self._app(scope, receive, send)
-        covered = bool(self._origins) and one_path(scope["path"]).startswith("/v1")
-        origin = header(scope, b"origin") if covered else None
+        origin = header(scope, b"origin")
+        if origin is None and scope["method"] != "OPTIONS":
+            return self._app(scope, receive, send)
+        if not (self._origins and one_path(scope["path"]).startswith("/v1")):
+            origin = None
         allowed = origin is not None and (self._any or origin in self._origins)
         if scope["method"] == "OPTIONS":
             plain = [*_VARY, (b"allow", _METHODS), (b"x-request-id", _new_id().encode())]
@@ -124,8 +132,8 @@ class Observed:
     The state's `metrics`, if there, counts them. Its `status` is that of an answer that has begun.
     """
 
-    def __init__(self, app: App, trusted_proxies: Iterable[str] = ()) -> None:
-        self._app = app
+    def __init__(self, inner: ErrorBoundary, trusted_proxies: Iterable[str] = ()) -> None:
+        self._app, self._answer_failure = inner.app, inner.answer
         self._trusted = tuple(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,9 +143,9 @@ class Observed:
         given = header(scope, b"x-request-id")
         safe = given is not None and _SAFE_REQUEST_ID.fullmatch(given)
         request_id = given.decode() if given is not None and safe else _new_id()
-        scope["state"]["request_id"] = request_id
         started = time.perf_counter()
         state = scope["state"]
+        state["request_id"] = request_id
         streamed = False
         id_header = (b"x-request-id", request_id.encode())
         metrics: RequestMetrics | None = state.get("metrics")
@@ -146,7 +154,8 @@ class Observed:
             nonlocal streamed
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
-                headers = message["headers"] = [*message["headers"], id_header]
+                headers = message["headers"]
+                message["headers"] = [*headers, id_header]
                 if metrics is not None and _is_event_stream(headers):
                     streamed = True
                     metrics.stream_begun()
@@ -156,6 +165,8 @@ class Observed:
             metrics.request_begun()
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as raised:
+            await self._answer_failure(raised, scope, send_with_id)
         finally:
             seconds = time.perf_counter() - started
             status = 499 if state.get("client_left") else state.get("status", 499)
@@ -174,21 +185,13 @@ class ErrorBoundary:
     """The last place where a failure becomes a reply, in OpenAI's shape or, if a dialect has put one into the state, by
     its `error_body`. What nobody foresaw is a 500 with an id.
 
-    Inside of `Observed`, which notes whether the answer has begun."""
+    Around `app`, and no application itself: `Observed`, which notes whether the answer has begun, asks it. Every frame
+    between a request's task and what it waits for is walked at each of its waits."""
 
     def __init__(self, app: App) -> None:
-        self._app = app
+        self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        try:
-            await self._app(scope, receive, send)
-        except Exception as raised:
-            await self._answer(raised, scope, send)
-
-    async def _answer(self, raised: Exception, scope: Scope, send: Send) -> None:
+    async def answer(self, raised: Exception, scope: Scope, send: Send) -> None:
         """In a frame of its own: one that holds the failure and is held by it would keep the request for a while."""
         failure = _as_gateway_error(raised)
         unforeseen = failure.status == 500
@@ -236,8 +239,9 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _client(scope: Scope, trusted: tuple[str, ...]) -> str | None:
-    peer = scope.get("client")
-    return client_address(peer[0] if peer else None, scope["headers"], trusted)
+    told = scope.get("client")
+    peer = told[0] if told else None
+    return client_address(peer, scope["headers"], trusted) if trusted else peer
 
 
 def _new_id() -> str:
@@ -245,7 +249,10 @@ def _new_id() -> str:
 
 
 def _is_event_stream(headers: Iterable[Header]) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+    for name, value in headers:
+        if name == b"content-type":
+            return value.startswith(b"text/event-stream")
+    return False
 
 
 def _as_gateway_error(raised: Exception) -> GatewayError:

@@ -14,7 +14,7 @@ wrong one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, Protocol
@@ -104,24 +104,32 @@ class Price:
             self._json.append(dumps(self._said()).decode())
         return self._json[0]
 
-    def _billed(self, usage: Usage) -> Iterator[tuple[int, int | None]]:
+    def _billed(self, usage: Usage) -> list[tuple[int, int | None]]:
         """Every token once, with its price."""
         cached, written, lasting = usage.cached_tokens, usage.cache_write_tokens, usage.cache_write_1h_tokens
         heard, seen = usage.audio_input_tokens, usage.image_input_tokens
         thought, spoken, drawn = usage.reasoning_tokens, usage.audio_output_tokens, usage.image_output_tokens
-        yield max(0, usage.input_tokens - cached - written - heard - seen), self.input
-        yield cached, _either(self.cached_input, self.input)
+        billed = [
+            (max(0, usage.input_tokens - cached - written - heard - seen), self.input),
+            (max(0, usage.output_tokens - thought - spoken - drawn), self.output),
+        ]
+        if cached:
+            billed.append((cached, _either(self.cached_input, self.input)))
         if written or lasting or heard or seen:
             write = _either(self.cache_write, self.input)
-            yield max(0, written - lasting), write
-            yield lasting, _either(self.cache_write_1h, write)
-            yield heard, _either(self.audio_input, self.input)
-            yield seen, _either(self.image_input, self.input)
-        yield max(0, usage.output_tokens - thought - spoken - drawn), self.output
+            billed += (
+                (max(0, written - lasting), write),
+                (lasting, _either(self.cache_write_1h, write)),
+                (heard, _either(self.audio_input, self.input)),
+                (seen, _either(self.image_input, self.input)),
+            )
         if thought or spoken or drawn:
-            yield thought, _either(self.reasoning, self.output)
-            yield spoken, _either(self.audio_output, self.output)
-            yield drawn, _either(self.image_output, self.output)
+            billed += (
+                (thought, _either(self.reasoning, self.output)),
+                (spoken, _either(self.audio_output, self.output)),
+                (drawn, _either(self.image_output, self.output)),
+            )
+        return billed
 
     def _most(self, input_tokens: int, output_tokens: int) -> int | None:
         if (input_tokens and self.input is None) or (output_tokens and self.output is None):

@@ -30,14 +30,17 @@ class Exchange(Call[ChatRequest]):
 
     async def complete(self) -> Reply:
         """The whole reply, recorded. Raises GatewayError."""
-        with self._relay.drain.entered(self.interrupt), self._giving_back():
+        with self._relay.drain.entered(self.interrupt):
             try:
-                completion = await self._try_routes(self._complete_once)
-            except GatewayError as failure:
-                raise await self._record_failure(failure) from None
+                try:
+                    completion = await self._try_routes(self._complete_once)
+                except GatewayError as failure:
+                    raise await self._record_failure(failure) from None
+                finally:
+                    self._stop_timer()
+                return await self._record_completion(completion)
             finally:
-                self._stop_timer()
-            return await self._record_completion(completion)
+                self._give_back()
 
     async def _complete_once(self, route: Route, request: ChatRequest) -> Completion:
         completion = await route.backend.complete(request)
@@ -62,26 +65,27 @@ class Exchange(Call[ChatRequest]):
 
     async def _record_completion(self, completion: Completion) -> Reply:
         choices = [choice for choice in completion.data["choices"] if isinstance(choice, dict)]
-        answers: list[Message] = [_message(choice) for choice in choices]
+        answers = list(map(_message, choices))
         reason = choices[0].get("finish_reason") if choices else None
         outcome = await self._outcome(Usage.read(completion.data.get("usage")), answers, reason)
         outcome.service_tier = self._served_as
         row = self._row(outcome)
+        cost = usd(row.cost_nanousd)
         if self.job.keep is not None:
-            self._keep_answer(loads(self._reply_body(completion, outcome, row)), row)
+            self._keep_answer(loads(self._reply_body(completion, outcome, row, cost)), row)
         await self._record(answers[0] if answers else None, row)
-        return Reply(self._reply_body(completion, outcome, row), usd(row.cost_nanousd))
+        return Reply(self._reply_body(completion, outcome, row, cost), cost)
 
-    def _reply_body(self, completion: Completion, outcome: Outcome, row: UsageRow) -> bytes:
-        data, cost = completion.data, usd(row.cost_nanousd)
-        told = data.get("usage")
-        changes: dict[str, splice.Change] = {"cost": dumps(cost)}
+    def _reply_body(self, completion: Completion, outcome: Outcome, row: UsageRow, cost: float | None) -> bytes:
+        data, conversation_id = completion.data, self.conversation_id
+        told, priced = data.get("usage"), {"cost": dumps(cost)}
+        changes: dict[str, splice.Change] = {**priced}
         if isinstance(told, dict) and outcome.counted_by == "upstream":
-            changes["usage"] = lambda text: splice.edit(text, told, {"cost": dumps(cost)})
+            changes["usage"] = lambda text: splice.edit(text, told, priced)
         else:
             changes["usage"] = dumps({**outcome.usage.to_openai(), "cost": cost})
-        if self.conversation_id is not None:
-            changes["conversation_id"] = dumps(self.conversation_id)
+        if conversation_id is not None:
+            changes["conversation_id"] = dumps(conversation_id)
         if self.job.keep is not None:
             changes["id"] = dumps(self.job.keep.id)
         if "timings" not in data:
@@ -101,7 +105,7 @@ class StreamExchange(Exchange):
         super().__init__(relay, job)
         self.ended = False
         self._stream: ChunkStream | None = None
-        self._editor = ChatStream(wants_usage=job.wants_usage)
+        self._editor: ChatStream
         self._ttft_ms: int | None = None
         self._seen_when_left = 0
         self._closing: asyncio.Task[None] | None = None
@@ -138,7 +142,8 @@ class StreamExchange(Exchange):
             await self._stream.close()
 
     def client_left(self) -> None:
-        self._seen_when_left = self._editor.answer.characters
+        if self._stream is not None:
+            self._seen_when_left = self._editor.answer.characters
         super().client_left()
 
     def _break_off(self) -> None:

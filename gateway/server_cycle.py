@@ -8,8 +8,9 @@ Rules of the answer:
 * An application that returns before the end of its answer means it: what it wrote is sent, the closing chunk is not.
 * A body of the request that nobody waited for ends the connection.
 
-Rules of `receive`: as ASGI has it. The callable that the application is given has also a method, `when_gone`, which
-spares those who have read the body a task that waits for `http.disconnect`.
+Rules of `receive`: as ASGI has it. The callable that the application is given has also two methods: `whole_body` spares
+those who read it the waiting where there is none, and `when_gone` those who have read it a task that waits for
+`http.disconnect`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
-from itertools import chain
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import cast
 
 from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent, HTTPScope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -28,11 +28,25 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from gateway.server_flow import GatewayFlow, Outlet
 from gateway.server_head import Header, error_body
 
-__all__ = ["GatewayCycle", "Receiver"]
+__all__ = ["GatewayCycle"]
 
 logger = logging.getLogger(__name__)
 
-_LINES = re.compile(rb'(?:[^\x00-\x1f\x7f()<>@,;:\\\[\]={} \t"]++: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+')
+_NAME = re.compile(rb'[^\x00-\x1f\x7f()<>@,;:\\\[\]={} \t"]++')
+_IN_NO_VALUE = bytes({*range(0x20), 0x7F} - {0x09})
+_MOST_NAMES = 256
+_names: set[bytes] = set()
+"""Of headers, those that were told before: sound and in lower case."""
+
+
+class _SizeLines(dict[int, bytes]):
+    """The first lines of chunks, those of usual ones made beforehand."""
+
+    def __missing__(self, size: int) -> bytes:
+        return b"%x\r\n" % size
+
+
+_SIZE_LINES = _SizeLines({size: b"%x\r\n" % size for size in range(1024)})
 
 
 class _Sent:
@@ -48,25 +62,8 @@ _NOTHING: Iterator[None] = iter(())
 SENT = cast("Awaitable[None]", _Sent())
 
 
-class Receiver:
-    """The application's `receive`."""
-
-    __slots__ = ("_cycle",)
-
-    def __init__(self, cycle: GatewayCycle) -> None:
-        self._cycle = cycle
-
-    def __call__(self) -> Coroutine[Any, Any, ASGIReceiveEvent]:
-        return self._cycle.receive()
-
-    def when_gone(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Has the loop call this once if the client leaves before its answer is complete, when `receive` would say
-        `http.disconnect`; gives what revokes that. For who has read the request's body. There is one at a time."""
-        return self._cycle.when_gone(call)
-
-
 class GatewayCycle:
-    """`on_response` is called when the answer is complete."""
+    """`on_response` is called when the answer is complete. To call it is the application's `receive`."""
 
     def __init__(
         self,
@@ -104,19 +101,23 @@ class GatewayCycle:
     async def run_asgi(self, app: ASGI3Application) -> None:
         self.scope["extensions"] = {"gateway.way_out": self}  # type: ignore[dict-item]  # no settings, an object
         try:
-            await app(self.scope, Receiver(self), self.send)
+            await app(self.scope, self, self.send)
         except asyncio.CancelledError:  # the drain is over; nobody waits for this task, so it may end quietly
             await self._fail(503, "service_unavailable_error", "unavailable", "The gateway is shutting down.")
         except Exception:
             logger.exception("The application failed")
             await self._fail(500, "server_error", None, "The gateway failed while it processed the request.")
         else:
-            if not self.response_started and not self.disconnected:
-                logger.error("The application returned without an answer")
-            await self._fail(500, "server_error", None, "The gateway had no answer to the request.")
+            if not self.response_complete:
+                await self._returned_early()
         finally:
             self._on_response = _nothing
             del self.scope["extensions"]  # which knows us
+
+    async def _returned_early(self) -> None:
+        if not self.response_started and not self.disconnected:
+            logger.error("The application returned without an answer")
+        await self._fail(500, "server_error", None, "The gateway had no answer to the request.")
 
     async def _fail(self, status: int, kind: str, code: str | None, message: str) -> None:
         """Ends an answer that the application left unfinished; does nothing after a finished one."""
@@ -153,7 +154,7 @@ class GatewayCycle:
         if self._gone is not None:
             self._loop.call_soon(self._call_gone)
 
-    async def receive(self) -> ASGIReceiveEvent:
+    async def __call__(self) -> ASGIReceiveEvent:
         if self._expects_100_continue and not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._expects_100_continue = False
@@ -162,10 +163,23 @@ class GatewayCycle:
             await self._hear()
         if self.disconnected or self.response_complete:
             return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": self._arrived(), "more_body": self.more_body}
+
+    def whole_body(self) -> bytes | None:
+        """The request's body, if nothing has been received of it and all of it is here; None: await it."""
+        if self.more_body or self.disconnected or self.response_complete or self._expects_100_continue:
+            return None
+        self.flow.resume_reading()
+        self._news = False
+        return self._arrived()
+
+    def _arrived(self) -> bytes:
         body, self._body, self._body_size = b"".join(self._body), [], 0
-        return {"type": "http.request", "body": body, "more_body": self.more_body}
+        return body
 
     def when_gone(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Has the loop call this once if the client leaves before its answer is complete, when `receive` would say
+        `http.disconnect`; gives what revokes that. For who has read the request's body. There is one at a time."""
         self._gone = call
         if self.disconnected:
             self._loop.call_soon(self._call_gone)
@@ -225,7 +239,7 @@ class GatewayCycle:
             raise RuntimeError("A piece of a body was passed on before or after its answer.")
         self.passed_at = self._loop.time()
         if self._chunked and data:
-            self.transport.write_soon(b"%x\r\n%b\r\n" % (len(data), data))
+            self.transport.write_soon(_SIZE_LINES[len(data)] + data + b"\r\n")
         else:
             self._write(data, more=True)
         return not self.flow.write_paused
@@ -235,13 +249,13 @@ class GatewayCycle:
         self._expects_100_continue = False
         told = [*self._default_headers, *headers]
         framing = dict(told)
-        if told and not b"".join(framing).islower():
-            told = [(name.lower(), value) for name, value in told]
+        if not _names.issuperset(framing):
+            told = _with_sound_names(told)
             framing = dict(told)
-        lines = b"%b: %b\r\n" * len(told) % tuple(chain.from_iterable(told))
-        if _LINES.fullmatch(lines) is None or lines.count(b"\r\n") != len(told):
-            raise RuntimeError("A header of the answer has a name or a value that is none.")
-        self.transport.write_soon(b"%b%b%b\r\n" % (STATUS_LINE[status], lines, self._frame(status, framing)))
+        lines = b"\r\n".join([*map(b": ".join, told), b""])
+        if len(lines) - len(lines.translate(None, _IN_NO_VALUE)) != 2 * len(told):
+            raise _unsound()
+        self.transport.write_soon(b"".join([STATUS_LINE[status], lines, self._frame(status, framing), b"\r\n"]))
 
     def _frame(self, status: int, told: dict[bytes, bytes]) -> bytes:
         """Settles how the body is framed and whether the connection goes on. Gives the lines that nobody told."""
@@ -251,7 +265,7 @@ class GatewayCycle:
             self.keep_alive = False
         elif not self._goes_on():
             untold += b"connection: close\r\n"
-        if told.get(b"transfer-encoding", b"").lower() == b"chunked":
+        if b"transfer-encoding" in told and told[b"transfer-encoding"].lower() == b"chunked":
             self._chunked = self.scope["method"] != "HEAD"
         elif b"content-length" in told:
             self._left = int(told[b"content-length"])
@@ -264,7 +278,7 @@ class GatewayCycle:
 
     def _write(self, body: bytes, more: bool) -> None:
         if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            data = _SIZE_LINES[len(body)] + body + b"\r\n" if body else b""
             if not more:
                 data += b"0\r\n\r\n"
         else:
@@ -298,6 +312,21 @@ class GatewayCycle:
         if self.more_body:
             self.keep_alive = False
         return self.keep_alive
+
+
+def _with_sound_names(told: Iterable[Header]) -> list[Header]:
+    """In lower case, and remembered. Raises RuntimeError."""
+    lowered = [(name.lower(), value) for name, value in told]
+    for name, _ in lowered:
+        if _NAME.fullmatch(name) is None:
+            raise _unsound()
+        if len(_names) < _MOST_NAMES:
+            _names.add(name)
+    return lowered
+
+
+def _unsound() -> RuntimeError:
+    return RuntimeError("A header of the answer has a name or a value that is none.")
 
 
 def _nothing() -> None:

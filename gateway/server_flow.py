@@ -56,23 +56,32 @@ class Outlet:
 
     def write_soon(self, data: bytes) -> None:
         """Together with what others write now; at once if it is much."""
-        if not self._held:
+        held = self._held
+        if not held:
             self._outbox.add(self)
-        self._held.append(data)
-        self._size += len(data)
-        if self._size > _MOST_HELD:
+        held.append(data)
+        size = self._size = self._size + len(data)
+        if size > _MOST_HELD:
             self.flush()
 
     def flush(self) -> None:
+        """Drops what is held if the connection was reset by the peer in this turn of the loop, or broken off by us."""
         held = self._held
-        if held:
-            size, self._held, self._size = self._size, [], 0
-            if self.is_closing():  # reset by the peer in this turn of the loop, or broken off by us
-                return
-            if len(held) > 1 and size > _MOST_HELD:
-                self._transport.writelines(held)
-            else:
-                self._transport.write(held[0] if len(held) == 1 else b"".join(held))
+        if len(held) == 1:
+            self._size, data = 0, held.pop()
+            if not self.is_closing():
+                self._transport.write(data)
+        elif held:
+            self._flush_many(held)
+
+    def _flush_many(self, held: list[bytes]) -> None:
+        size, self._held, self._size = self._size, [], 0
+        if self.is_closing():
+            return
+        if size > _MOST_HELD:
+            self._transport.writelines(held)
+        else:
+            self._transport.write(b"".join(held))
 
     def close(self) -> None:
         self.flush()

@@ -9,13 +9,27 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
+from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-__all__ = ["HeadReader", "Refusal", "check_head", "error_body", "head_too_large", "refused"]
+__all__ = [
+    "HeadReader",
+    "Refusal",
+    "check_head",
+    "error_body",
+    "expects_continue",
+    "head_too_large",
+    "path_of",
+    "refused",
+]
 
 Header = tuple[bytes, bytes]
+_name_of = itemgetter(0)
 
 
 class Refusal(Exception):
@@ -56,37 +70,60 @@ class HeadReader(HttpToolsProtocol):
         return _head_without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
 
     def on_url(self, url: bytes) -> None:
-        super().on_url(url)
+        self.url += url
         if len(self.url) > self.max_url:
             raise Refusal(414, "url_too_long", f"The URL is longer than {self.max_url} bytes.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        headers = self.headers
         if self._in_body:
             raise Refusal(400, "malformed_request", "Trailer fields are not accepted.")
-        if len(self.headers) >= self.max_headers:
+        if len(headers) >= self.max_headers:
             raise Refusal(431, "headers_too_large", f"The request has more than {self.max_headers} headers.")
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
+        headers.append((name.lower(), value))
 
 
 def check_head(method: bytes, url: bytes, version: str, headers: Sequence[Header], max_head: int) -> None:
     """What the parser lets pass and two readers of the same bytes could understand differently. Raises Refusal."""
-    hosts = 0
-    size = len(method) + len(url) + len("  HTTP/1.1\r\n\r\n")
-    for name, value in headers:
-        size += len(name) + len(value) + 4
-        if name == b"host":
-            hosts += 1
-        elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version != "1.1"):
-            raise Refusal(400, "malformed_request", "The transfer encoding is not supported.")
-    if size > max_head:
+    names = [*map(_name_of, headers)]
+    if b"transfer-encoding" in names:
+        _check_encodings(version, headers)
+    size = len(method) + len(url) + len("  HTTP/1.1\r\n\r\n") + 4 * len(names)
+    if size + sum(map(len, chain.from_iterable(headers))) > max_head:
         raise head_too_large(max_head)
     if version not in ("1.1", "1.0") or method == b"CONNECT":
         raise Refusal(400, "malformed_request", "Only HTTP/1.1 requests to this server are answered.")
+    hosts = names.count(b"host")
     if hosts > 1 or (hosts == 0 and version == "1.1"):
         raise Refusal(400, "malformed_request", "The request must have exactly one Host header.")
+
+
+def _check_encodings(version: str, headers: Sequence[Header]) -> None:
+    for name, value in headers:
+        if name == b"transfer-encoding" and (value.lower() != b"chunked" or version != "1.1"):
+            raise Refusal(400, "malformed_request", "The transfer encoding is not supported.")
+
+
+def expects_continue(headers: Sequence[Header]) -> bool:
+    """Does the client wait for an interim reply before it sends the body?"""
+    return b"expect" in dict(headers) and any(
+        name == b"expect" and value.lower() == b"100-continue" for name, value in headers
+    )
+
+
+def path_of(url: bytes) -> tuple[str, bytes, bytes]:
+    """The path as text and as it came, and the query string."""
+    return _path_of_usual(url) if len(url) <= _USUAL_URL and b"?" not in url else _parsed(url)
+
+
+def _parsed(url: bytes) -> tuple[str, bytes, bytes]:
+    found = httptools.parse_url(url)
+    path = found.path.decode("ascii")
+    return unquote(path) if "%" in path else path, found.path, found.query or b""
+
+
+_USUAL_URL = 128
+_path_of_usual = lru_cache(maxsize=64)(_parsed)  # without a query, which may hold a secret
 
 
 def head_too_large(max_head: int) -> Refusal:

@@ -28,17 +28,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import unquote
 
 import httptools
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, HTTPScope
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from gateway.server_cycle import GatewayCycle
 from gateway.server_deadlines import TCP_CLOSED, IdleDeadline, WriteDeadline, tcp_progress
 from gateway.server_flow import GatewayFlow, Outlet, outbox_of
-from gateway.server_head import HeadReader, Refusal, check_head, head_too_large, refused
+from gateway.server_head import HeadReader, Refusal, check_head, expects_continue, head_too_large, path_of, refused
 
 __all__ = ["GatewayProtocol"]
 
@@ -69,6 +68,7 @@ class GatewayProtocol(HeadReader):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.app = getattr(self.app, "http", self.app)  # what answers requests, where an application has it apart
         self._running: GatewayCycle | None = None  # whose application runs; `cycle` is the one being received
         self._in_body = False
         self._undelivered = 0  # bytes since the parser last finished a request or handed out a piece of a body
@@ -207,7 +207,8 @@ class GatewayProtocol(HeadReader):
 
     def on_message_begin(self) -> None:
         self._undelivered = self._undelivered or 1  # the rest of a read that completed the request before
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
 
     def on_headers_complete(self) -> None:
         method, version = self.parser.get_method(), self.parser.get_http_version()
@@ -216,13 +217,7 @@ class GatewayProtocol(HeadReader):
             return  # comes again, see HeadReader
         if len(self.pipeline) >= self.max_pipelined:
             raise Refusal(400, "too_many_requests_queued", "Too many requests were sent before the first answer.")
-        url = httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
-        self.scope["method"] = method.decode("ascii")
-        self.scope["http_version"] = version
-        self.scope["path"] = self.root_path + (unquote(path) if "%" in path else path)
-        self.scope["raw_path"] = self.root_path.encode("ascii") + url.path
-        self.scope["query_string"] = url.query or b""
+        self.scope = self._new_scope(method, version)
         self._in_body = True
         self.cycle = self._new_cycle(version)
         if self._is_answering():
@@ -230,6 +225,24 @@ class GatewayProtocol(HeadReader):
             self.pipeline.appendleft((self.cycle, self.app))
         else:
             self._start_asgi_task(self.cycle, self.app)
+
+    def _new_scope(self, method: bytes, version: str) -> HTTPScope:
+        path, raw_path, query = path_of(self.url)
+        return {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,  # type: ignore[typeddict-item]  # as in uvicorn
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+            "method": method.decode("ascii"),
+            "path": self.root_path + path,
+            "raw_path": self.root_path.encode("ascii") + raw_path,
+            "query_string": query,
+        }
 
     def _new_cycle(self, version: str) -> GatewayCycle:
         return GatewayCycle(
@@ -239,7 +252,7 @@ class GatewayProtocol(HeadReader):
             self.loop,
             self.server_state.default_headers,
             self.on_response_complete,
-            expect_100_continue=self.expect_100_continue,
+            expect_100_continue=expects_continue(self.headers),
             keep_alive=version == "1.1" and not self._draining and self.parser.should_keep_alive(),
         )
 

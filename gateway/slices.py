@@ -72,31 +72,39 @@ class _Slice:
         """Is there something to go back, or to tell the book?"""
         return self.left != _NOTHING or self.used_requests > 0 or self.used_tokens > 0
 
+    def levels(self) -> tuple[int | None, int | None]:
+        """Units of requests and of tokens that a call of this worker could still have."""
+        requests, tokens = self.request_level, self.token_level
+        return (
+            None if requests is None else requests + self.requests * UNIT,
+            None if tokens is None else tokens + self.tokens * UNIT,
+        )
+
     def is_for(self, account: Account) -> bool:
         """Has it these limits? What it is to begin with does not matter here."""
         return self.account is account or self.account[:-1] == account[:-1]
 
     def covers(self, tokens: int, cost: int) -> bool:
-        account = self.account
+        _, request_rate, _, token_rate, capacity, parallel, budget, _, _ = self.account
         return (
-            (account.request_rate is None or self.requests > 0)
-            and (account.token_rate is None or self.tokens >= min(tokens, account.token_capacity))
-            and (account.max_parallel is None or self.slots > 0)
-            and (account.budget is None or self.cost >= cost)
+            (request_rate is None or self.requests > 0)
+            and (token_rate is None or self.tokens >= min(tokens, capacity))
+            and (parallel is None or self.slots > 0)
+            and (budget is None or self.cost >= cost)
         )
 
     def take(self, tokens: int, cost: int) -> None:
-        account = self.account
-        if account.request_rate is not None:
+        _, request_rate, _, token_rate, capacity, parallel, budget, _, _ = self.account
+        if request_rate is not None:
             self.requests -= 1
             self.used_requests += 1
-        if account.token_rate is not None:
-            taken = min(tokens, account.token_capacity)
+        if token_rate is not None:
+            taken = min(tokens, capacity)
             self.tokens -= taken
             self.used_tokens += taken
-        if account.max_parallel is not None:
+        if parallel is not None:
             self.slots -= 1
-        if account.budget is not None:
+        if budget is not None:
             self.cost -= cost
         self.calls_until_due -= 1
 
@@ -150,9 +158,10 @@ class Slices:
 
     def take(self, worker: str, accounts: Sequence[Account], tokens: int, cost: int) -> Grant | None:
         """A call's place, if all of its accounts have it ahead; None: the book must be asked."""
-        now, slices = self._clock(), []
+        now = self._clock()
         if worker != self._worker or now - self._known_at >= GOOD_SECONDS:
             return None
+        slices = []
         for account in accounts:
             held = self._of.get(account.subject)
             if held is None or now >= held.good_until or not (held.is_for(account) and held.covers(tokens, cost)):
@@ -163,15 +172,10 @@ class Slices:
             held.count(tokens, cost, now)
             if held.calls_until_due <= 0 or now > held.good_until - GOOD_SECONDS / 2:
                 self._due[held.account.subject] = None
-        first = slices[0] if slices else None
-        return Grant(
-            "",
-            0,
-            0,
-            None if first is None or first.request_level is None else first.request_level + first.requests * UNIT,
-            None if first is None or first.token_level is None else first.token_level + first.tokens * UNIT,
-            [held.period for held in slices],
-        )
+        requests = tokens_left = None
+        if slices:
+            requests, tokens_left = slices[0].levels()
+        return Grant("", 0, 0, requests, tokens_left, [held.period for held in slices])
 
     def count(self, accounts: Iterable[Account], tokens: int, cost: int) -> None:
         """A call that had to ask the book was let in. Those that it refuses take nothing, so they are not counted."""

@@ -51,6 +51,8 @@ class Talk:
     title: str | None = None
     is_empty: bool = False
     """It is there, and nothing was said yet."""
+    is_named: bool = False
+    """It is new, under a name that somebody chose and others may be making at the same time."""
     after: int | None = None
     parent: Parent | None = None
     lease: Lease | None = None
@@ -89,7 +91,9 @@ class Talk:
                 answer = {**answer, "role": "assistant"}
             content = dumps(answer.get("content"))
             chain = partial(chain) if finish_reason in PARTIAL else linked(chain, answer, content)
-            stored.append(_stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), finish_reason))
+            stored.append(
+                _stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), clean(finish_reason))
+            )
             stored[-1].omitted_turns = self.omitted_turns
         title = self.title
         if title is None and self.keeps_content and self.begins:
@@ -98,24 +102,24 @@ class Talk:
             for kept in stored:
                 kept.content, kept.extra, kept.chain = "null", None, None
         return ConversationTurn(
-            pk=self.pk,
-            id=self.id,
-            user_id=self.caller.user_id,
-            key_id=self.caller.key_id,
-            end_user=self.end_user,
-            session_id=self.session_id,
-            is_new=self.is_new,
-            title=title,
-            at=at,
-            messages=stored,
-            is_named=self.is_new and self.after is None and OWN_ID.fullmatch(self.id) is None,
-            tokens_input=input_tokens,
-            tokens_output=output_tokens,
-            cost_nanousd=cost_nanousd,
-            after=self.after,
-            parent=self.parent,
-            lease=self.lease,
-            gives_title=self.is_empty and self.title is None,
+            self.pk,
+            self.id,
+            self.caller.user_id,
+            self.caller.key_id,
+            self.end_user,
+            self.session_id,
+            self.is_new,
+            title,
+            at,
+            stored,
+            self.is_named,
+            input_tokens,
+            output_tokens,
+            cost_nanousd,
+            self.after,
+            self.parent,
+            self.lease,
+            self.is_empty and self.title is None,
         )
 
     def branch_off(self) -> None:
@@ -169,23 +173,31 @@ def _stored(
     finish_reason: str | None = None,
 ) -> StoredMessage:
     role: str = message["role"]
-    extra = {key: value for key, value in message.items() if key != "role" and key != "content"}
+    extra = None
+    if len(message) > 2 or "content" not in message:
+        extra = {key: value for key, value in message.items() if key != "role" and key != "content"}
+    if role not in PLAIN_ROLES:
+        chain, role = "" if role in NOT_CHAINED else chain, clean(role)
     return StoredMessage(
         f"msg_{ordered_hex()}",
-        role if role in PLAIN_ROLES else clean(role),
+        role,
         content.decode(),
         dumps(extra).decode() if extra else None,
-        None if role in NOT_CHAINED else chain or None,
+        chain or None,
         tokens,
         cost_nanousd,
         model,
-        clean(finish_reason),
+        finish_reason,
     )
 
 
 def _title(messages: Sequence[Message]) -> str | None:
     """The start of the first thing the user said."""
-    said = next((text_of(item.get("content")) for item in messages if item.get("role") == "user"), "")
+    said = ""
+    for item in messages:
+        if item.get("role") == "user":
+            said = text_of(item.get("content"))
+            break
     begin = said[: TITLE_LENGTH + 1]
     if begin.isprintable() and "  " not in begin and begin.strip() == begin:  # then this is what comes out below
         return begin[:TITLE_LENGTH] or None

@@ -231,7 +231,7 @@ def _hash(said: bytes) -> str:
 def _plainly_said(role: object, message: Message, content: bytes) -> bytes | None:
     """`_said` as JSON, for a message that has a text and nothing else that counts; None for another one."""
     text = message.get("content")
-    if role not in PLAIN_ROLES or type(text) is not str or not _NOT_PLAIN.isdisjoint(message):
+    if role not in PLAIN_ROLES or type(text) is not str or (len(message) > 2 and not _NOT_PLAIN.isdisjoint(message)):
         return None
     if (bare := text.strip()) != text:
         content = dumps(bare)

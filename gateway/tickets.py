@@ -10,7 +10,7 @@ from gateway.limits import Account, Claim, Grant, Settlement, held
 from gateway.store.keys import KeyState
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Demand:
     """What a call asks for: tokens and nano-dollars at most. `cost` None: nobody knows its price."""
 
@@ -26,7 +26,7 @@ class Ticket:
     headers: Sequence[tuple[bytes, bytes]] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Offer:
     """What the book said. `accounts` are those that were asked, as they were asked; `state` None: it was not told."""
 
@@ -61,7 +61,13 @@ def claim_of(
 
 def most(holds: Sequence[Settlement]) -> tuple[int, int]:
     """The tokens and nano-dollars that a call has reserved; 0 where these are not limited."""
-    return max((one.tokens_held for one in holds), default=0), max((one.cost_held for one in holds), default=0)
+    tokens = cost = 0
+    for one in holds:
+        if one.tokens_held > tokens:
+            tokens = one.tokens_held
+        if one.cost_held > cost:
+            cost = one.cost_held
+    return tokens, cost
 
 
 def ticket_for(worker: str, demand: Demand, accounts: Sequence[Account], grant: Grant) -> Ticket:
@@ -69,9 +75,8 @@ def ticket_for(worker: str, demand: Demand, accounts: Sequence[Account], grant: 
     if grant.reason:
         return Ticket((), told)
     asked = Claim(demand.tokens, demand.cost or 0, ())
-    holds = [
-        held(asked, account, grant, place, worker)
-        for place, account in enumerate(accounts)
-        if account.max_parallel is not None or account.token_rate is not None or account.budget is not None
-    ]
+    holds = []
+    for place, account in enumerate(accounts):
+        if account.token_rate is not None or account.max_parallel is not None or account.budget is not None:
+            holds.append(held(asked, account, grant, place, worker))
     return Ticket(holds, told)

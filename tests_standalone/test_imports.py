@@ -34,7 +34,18 @@ NOUNS = (
 )
 CORE = (
     *("addresses", "admission", "allowances", "attachments", "auth", "call", "caller", "catalog", "conversations"),
-    *("drain", "estimates", "health", "ids", "key_rules", "key_watch", "known_keys", "ledger", "limits"),
+    *(
+        "current_sessions",
+        "drain",
+        "estimates",
+        "health",
+        "ids",
+        "key_rules",
+        "key_watch",
+        "known_keys",
+        "ledger",
+        "limits",
+    ),
     *("limits_*", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "pulse", "relay"),
     *("rounds", "slices", "tickets", "stored", "tokens", "wrong_keys"),
     *("purge", "talks", "threads", "turn_leases", "user_deletion", "window"),

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from gateway import ledger as ledgers
+from gateway.current_sessions import IDLE_MS
 from gateway.errors import DatabaseUnavailable, NotRecorded
-from gateway.ledger import SESSION_IDLE_MS, Ledger, Turn
+from gateway.ledger import Ledger, Turn
 from gateway.limits import Settlement
 from gateway.store import conversation_edits, turn_leases
 from gateway.store.conversation_edits import NewConversation
@@ -323,7 +324,7 @@ async def test_a_culprit_and_an_outage_in_one_batch(
 
 
 @pytest.mark.parametrize(
-    ("pause", "sessions"), [(0, 1), (SESSION_IDLE_MS, 1), (SESSION_IDLE_MS + 1, 2)], ids=["at once", "in time", "idle"]
+    ("pause", "sessions"), [(0, 1), (IDLE_MS, 1), (IDLE_MS + 1, 2)], ids=["at once", "in time", "idle"]
 )
 @pytest.mark.parametrize("same_worker", [True, False], ids=["same worker", "other worker"])
 async def test_a_conversation_joins_the_session_unless_its_user_was_idle(
@@ -355,7 +356,7 @@ async def test_users_have_sessions_of_their_own(ledger: Ledger, migrated: Databa
 async def test_a_known_conversation_stays_in_its_session(ledger: Ledger, migrated: Database) -> None:
     first = talk()
     await ledger.record(turn(first))
-    later = talk(pk=first.pk, is_new=False, session_id=first.session_id, at=NOON + 10 * SESSION_IDLE_MS)
+    later = talk(pk=first.pk, is_new=False, session_id=first.session_id, at=NOON + 10 * IDLE_MS)
     await ledger.record(turn(later))
     assert await rows(migrated, SESSIONS) == [(1, 10, 2000)]
     assert await rows(migrated, "SELECT session_id FROM usage_rows") == [(first.session_id,)] * 2

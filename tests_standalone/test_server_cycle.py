@@ -305,6 +305,31 @@ class TestFraming:
         assert answer[: len(b"HTTP/1.1 200 ")] == sent
         assert "RuntimeError" in caplog.text
 
+    @pytest.mark.parametrize("value", [b"1\r\nx-b: 2", b"1\n", b"1\r", b"\x7f"])
+    async def test_a_name_that_was_sound_before_makes_no_value_sound(self, value: bytes) -> None:
+        sound = (b"x-a", b"\t1 \xe9")
+        async with connected(says(start(LENGTH_5, sound), body(b"hello"))) as client:
+            await client.send(GET)
+            assert b"\r\nx-a: \t1 \xe9\r\n" in await client.read_until(b"hello")
+        async with connected(says(start(LENGTH_5, (b"x-a", value)), body(b"hello"))) as client:
+            await client.send(GET)
+            assert await client.read_all() == b""
+
+    async def test_names_are_sent_in_lower_case_each_time(self) -> None:
+        async with connected(says(start((b"Content-Length", b"5"), (b"X-Twice", b"A")), body(b"hello"))) as client:
+            for _ in range(2):
+                await client.send(GET)
+                assert await client.read_until(b"hello") == (
+                    b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\nx-twice: A\r\n\r\nhello"
+                )
+
+    @pytest.mark.parametrize("size", [1, 1023, 1024, 70_000])
+    async def test_a_chunk_says_its_size(self, size: int) -> None:
+        async with connected(says(start(), body(b"a" * size))) as client:
+            await client.send(GET)
+            answer = await client.read_until(b"0\r\n\r\n")
+        assert answer.partition(b"\r\n\r\n")[2] == b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"a" * size)
+
     async def test_nothing_may_follow_the_end(self, caplog: pytest.LogCaptureFixture) -> None:
         async with connected(says(start(LENGTH_5), body(b"hello"), body(b"more"))) as client:
             await client.send(GET)
@@ -339,6 +364,53 @@ class TestBody:
             await client.read_until(b"hello")
         assert b"".join(got) == b"abcd"
         assert got[0] == b"abc"
+
+    @pytest.mark.parametrize(
+        ("request_", "whole"),
+        [
+            (b"Content-Length: 5\r\n\r\nhello", b"hello"),
+            (b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n", b"hello"),
+            (b"\r\n", b""),
+            (b"Content-Length: 5\r\n\r\nhell", None),
+            (b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\nhello", None),
+        ],
+    )
+    async def test_what_is_all_there_needs_no_waiting(self, request_: bytes, whole: bytes | None) -> None:
+        got: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            got.append(receive.whole_body())
+            message = await receive()
+            got.append((message["type"], message.get("body"), message.get("more_body")))
+
+        async with connected(app) as client:
+            await client.send(b"POST / HTTP/1.1\r\nHost: here\r\n" + request_)
+            await asyncio.sleep(0.01)
+            client.reset()
+            while len(got) < 2:
+                await asyncio.sleep(0)
+        assert got[0] == whole
+        assert (got[1] == ("http.disconnect", None, None)) == (whole is not None)
+        if whole is None:
+            assert got[1][0] == "http.request"
+
+    async def test_a_body_that_was_too_much_to_read_on_is_read_on_behind(self) -> None:
+        much = b"a" * 200_000
+        got: list[bytes] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            while (whole := receive.whole_body()) is None:
+                await asyncio.sleep(0)
+                receive.when_gone(lambda: None)  # reads on
+            got.append(whole)
+            await send(start(LENGTH_5))
+            await send(body(b"hello"))
+
+        async with connected(app) as client:
+            for _ in range(2):
+                await client.send(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 200000\r\n\r\n" + much)
+                await client.read_until(b"hello")
+        assert got == [much, much]
 
     async def test_all_who_wait_hear_of_the_end(self) -> None:
         heard: list[str] = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gateway.auth import Auth, Caller, Peer
@@ -14,10 +15,12 @@ from gateway.config import Settings
 from gateway.conversations import Conversations
 from gateway.drain import Drain
 from gateway.errors import BadRequest, BodyTooLarge, PermissionDenied, Unavailable, UnsupportedMediaType
-from gateway.middleware import header
-from gateway.responses import Header, Receive, Scope, header_value
+from gateway.middleware import header, headers_by_name
+from gateway.responses import Header, Receive, Scope, at_hand, header_value
 from gateway.store.database import Database
 
+_VERSION: Header = (b"openai-version", b"2020-10-01")
+_name_value = lru_cache(maxsize=256)(header_value)  # of models and backends, which are few
 _NAMES_MODELS = frozenset({"models", "fallbacks"})
 
 
@@ -88,9 +91,10 @@ def check_refused(found: Services, caller: Caller, model: Model, data: Mapping[s
     key for some models could name others (OpenRouter's `models`)."""
     if caller.models is not None and _NAMES_MODELS & data.keys():
         raise PermissionDenied("This key is for certain models, so 'models' and 'fallbacks' cannot be sent with it.")
-    refused = next((key for route in found.catalog.routes(model) for key in route.refuse & data.keys()), None)
-    if refused is not None:
-        raise BadRequest(f"'{refused}' is not accepted by this gateway.", param=refused, code="unsupported_parameter")
+    for route in found.catalog.routes(model):
+        if route.refuse:
+            for key in route.refuse & data.keys():
+                raise BadRequest(f"'{key}' is not accepted by this gateway.", param=key, code="unsupported_parameter")
 
 
 def end_user(scope: Scope, data: Mapping[str, Any]) -> str | None:
@@ -104,17 +108,18 @@ def end_user(scope: Scope, data: Mapping[str, Any]) -> str | None:
 
 def call_headers(call: Call[Any]) -> list[Header]:
     """What the reply to a call says about it."""
+    job, talk, conversation_id = call.job, call.job.talk, call.conversation_id
     found = [
-        (b"x-gateway-model", header_value(call.job.model.name)),
-        (b"openai-processing-ms", b"%d" % ((time.perf_counter() - call.job.started) * 1000)),
-        (b"openai-version", b"2020-10-01"),
+        (b"x-gateway-model", _name_value(job.model.name)),
+        (b"openai-processing-ms", b"%d" % ((time.perf_counter() - job.started) * 1000)),
+        _VERSION,
     ]
     if call.route is not None:
-        found.append((b"x-gateway-backend", header_value(call.route.backend.name)))
-    if call.conversation_id is not None:
-        found.append((b"x-conversation-id", call.conversation_id.encode()))
-    if call.job.talk is not None and call.job.talk.omitted_turns:
-        found.append((b"x-gateway-omitted-turns", b"%d" % call.job.talk.omitted_turns))
+        found.append((b"x-gateway-backend", _name_value(call.route.backend.name)))
+    if conversation_id is not None:
+        found.append((b"x-conversation-id", conversation_id.encode()))
+    if talk is not None and talk.omitted_turns:
+        found.append((b"x-gateway-omitted-turns", b"%d" % talk.omitted_turns))
     found += call.ticket.headers
     return found
 
@@ -125,15 +130,18 @@ def cost_header(cost: float | None) -> list[Header]:
 
 def media_type(scope: Scope) -> str:
     """What the body is said to be, without its parameters."""
-    return (header(scope, b"content-type") or b"").partition(b";")[0].strip().lower().decode("latin-1")
+    told = header(scope, b"content-type")
+    if told == b"application/json":
+        return "application/json"
+    return (told or b"").partition(b";")[0].strip().lower().decode("latin-1")
 
 
-async def read_json_body(scope: Scope, receive: Receive) -> bytes:
+def read_json_body(scope: Scope, receive: Receive) -> Awaitable[bytes]:
     """The body of a JSON route. Raises UnsupportedMediaType, and BodyTooLarge: before reading if the length is told."""
     kind = media_type(scope)
     if kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedMediaType("Send the body as JSON, with `Content-Type: application/json`.")
-    return await _read_body(scope, receive, services(scope).settings.server.max_body_mb, "server.max_body_mb")
+    return _read_body(scope, receive, services(scope).settings.server.max_body_mb, "server.max_body_mb")
 
 
 async def read_form_body(scope: Scope, receive: Receive) -> bytes:
@@ -142,12 +150,23 @@ async def read_form_body(scope: Scope, receive: Receive) -> bytes:
 
 
 async def _read_body(scope: Scope, receive: Receive, megabytes: float, setting: str) -> bytes:
-    if header(scope, b"content-encoding") not in (None, b"identity"):
+    headers = headers_by_name(scope)
+    if headers.get(b"content-encoding") not in (None, b"identity"):
         raise UnsupportedMediaType("Compressed request bodies are not accepted. Send the body as it is.")
     limit = int(megabytes * 1024 * 1024)
-    length = header(scope, b"content-length")
+    length = headers.get(b"content-length")
     if length is not None and int(length) > limit:
         raise _too_large(limit, setting)
+    body = at_hand(receive)
+    if body is None:
+        body = await _gathered(receive, limit, setting)
+    elif len(body) > limit:
+        raise _too_large(limit, setting)
+    scope["state"]["body_read"] = True
+    return body
+
+
+async def _gathered(receive: Receive, limit: int, setting: str) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -160,8 +179,7 @@ async def _read_body(scope: Scope, receive: Receive, megabytes: float, setting: 
             raise _too_large(limit, setting)
         parts.append(part)
         if not message.get("more_body", False):
-            scope["state"]["body_read"] = True
-            return b"".join(parts) if len(parts) > 1 else parts[0]
+            return b"".join(parts)
 
 
 def _too_large(limit: int, setting: str) -> BodyTooLarge:

@@ -65,7 +65,7 @@ class MakeConversation:
         """In the current session; if somebody ends that just now, in the next one."""
         named, now = fields.get("session_id"), int(time.time() * 1000)
         for _ in range(1 if named else _TRIES):
-            session_id = named or await found.relay.ledger.session_of(caller.user_id, now)
+            session_id = named or await found.relay.ledger.sessions.of(caller.user_id, now)
             with suppress(NoOpenSession):
                 return await conversation_edits.make(found.database, new_conversation(caller, session_id, now, fields))
         raise NotFound("There is no open session with this id.", param="session_id")

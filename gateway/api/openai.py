@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import lru_cache
 from typing import Any
 
 from starlette.routing import BaseRoute, Route
@@ -26,6 +27,7 @@ from gateway.backends.base import ModelInfo
 from gateway.call import Job
 from gateway.conversations import given_id
 from gateway.errors import BadRequest, ModelNotFound
+from gateway.middleware import headers_by_name
 from gateway.relay import Exchange, StreamExchange
 from gateway.responses import (
     EVENT_STREAM,
@@ -61,25 +63,22 @@ class ChatCompletions:
         request = self.request_type.parse(await read_json_body(scope, receive))
         job = await self._job(scope, receive, found, caller, request, started)
         try:
-            await self._answer(job, found, scope, receive, send)
+            exchange = StreamExchange(found.relay, job) if job.request.stream else Exchange(found.relay, job)
+            try:
+                if isinstance(exchange, StreamExchange):
+                    await self._stream(exchange, found, scope, receive, send)
+                else:
+                    reply = await drive(exchange, receive)
+                    await send_json(send, 200, reply.body, [*call_headers(exchange), *cost_header(reply.cost)])
+            finally:
+                scope["state"]["client_left"] = exchange.stopped == "client_disconnected"
         finally:
             if job.talk is not None:
                 await job.talk.aclose()
 
-    async def _answer(self, job: Job[ChatRequest], found: Services, scope: Scope, receive: Receive, send: Send) -> None:
-        request = job.request
-        exchange = StreamExchange(found.relay, job) if request.stream else Exchange(found.relay, job)
-        try:
-            if isinstance(exchange, StreamExchange):
-                await self._stream(exchange, found, scope, receive, send)
-            else:
-                await self._whole(exchange, receive, send)
-        finally:
-            scope["state"]["client_left"] = exchange.stopped == "client_disconnected"
-
-    async def _stream(
+    def _stream(
         self, exchange: StreamExchange, found: Services, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         response = StreamResponse(
             exchange,
             found.drain,
@@ -87,19 +86,16 @@ class ChatCompletions:
             first_chunk_wait=found.settings.server.first_chunk_wait,
             way_out=way_out(scope),
         )
-        await response(receive, send)
-
-    async def _whole(self, exchange: Exchange, receive: Receive, send: Send) -> None:
-        reply = await drive(exchange, receive)
-        await send_json(send, 200, reply.body, [*call_headers(exchange), *cost_header(reply.cost)])
+        return response(receive, send)
 
     async def _job(
         self, scope: Scope, receive: Receive, found: Services, caller: Caller, request: ChatRequest, started: float
     ) -> Job[ChatRequest]:
+        request_id = scope["state"]["request_id"]
         model = await find_model(scope, caller, request.model)
         check_refused(found, caller, model, request.data)
         _check_policy(found, request)
-        keep = stored.wanted(request, scope["state"]["request_id"], allowed=found.settings.conversations.store_content)
+        keep = stored.wanted(request, request_id, allowed=found.settings.conversations.store_content)
         named = end_user(scope, request.data)
         talk = await _talk(scope, receive, found, caller, request, named) if self.has_turns else None
         try:
@@ -110,7 +106,6 @@ class ChatCompletions:
             if talk is not None:
                 await talk.aclose()
             raise
-        request_id = scope["state"]["request_id"]
         return Job(request_id, caller, named, model, outgoing, talk, request.wants_usage, keep=keep, started=started)
 
 
@@ -204,10 +199,10 @@ def _check_policy(found: Services, request: ChatRequest) -> None:
 def _group(scope: Scope, extra: str | None) -> str | None:
     """The conversation that a header names (contract, section 5, rule 2); "": a frontend says that there is none. A
     frontend's own word for a chat that it does not keep may be anything, and is none."""
-    names = _GROUP_HEADERS if extra is None else (*_GROUP_HEADERS, extra.lower().encode())
-    told = {name: value.decode("latin-1") for name, value in scope["headers"] if name in names}
-    if not told:
+    names = _group_names(extra)
+    if headers_by_name(scope).keys().isdisjoint(names):
         return None
+    told = {name: value.decode("latin-1") for name, value in scope["headers"] if name in names}
     if told.get(b"x-conversation-id") and given_id(told[b"x-conversation-id"]) is None:
         raise BadRequest(
             "'X-Conversation-Id' must be 1 to 128 letters, digits, '-' or '_'.",
@@ -218,6 +213,11 @@ def _group(scope: Scope, extra: str | None) -> str | None:
     found = next((one for one in named if one is not None), None)
     # chat-ui has an id for every chat, and sends an empty one when it asks for a title.
     return "" if found is None and told.get(b"chatui-conversation-id") == "" else found
+
+
+@lru_cache(maxsize=8)
+def _group_names(extra: str | None) -> tuple[bytes, ...]:
+    return _GROUP_HEADERS if extra is None else (*_GROUP_HEADERS, extra.lower().encode())
 
 
 def _may_see(caller: Caller, name: str) -> bool:

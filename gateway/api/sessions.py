@@ -48,7 +48,7 @@ class OpenSession:
         found, session_id = services(scope), f"sess_{ordered_hex()}"
         new = new_conversation(caller, session_id, int(time.time() * 1000), fields)
         made = await conversation_edits.make_with_session(found.database, new)
-        found.relay.ledger.forget_session(caller.user_id)
+        found.relay.ledger.sessions.forget(caller.user_id)
         opened = Session(session_id, caller.user_id, new.at, new.at, None, 1, 0, 0)
         await send_json(send, 200, dumps({**shown_session(opened), "conversation_id": made.id, "messages": []}))
 
@@ -79,7 +79,7 @@ class EndSession:
         ended = await sessions.end(found.database, caller.user_id, asked, now)
         if ended is None:
             raise _missing()
-        found.relay.ledger.forget_session(caller.user_id)
+        found.relay.ledger.sessions.forget(caller.user_id)
         await send_json(send, 200, dumps(shown_session(ended)))
 
 

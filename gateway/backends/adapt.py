@@ -68,8 +68,13 @@ class _Rules:
         inside = [path[1:] for path in paths if len(path) > 1 and path[0] == "messages"]
         self._edits = list(_edits(quirks, inside))
         self._last_edit = partial(_only, allowed=frozenset(quirks.message_fields)) if quirks.message_fields else None
+        self._edits_messages = bool(self._edits) or self._ids is not None or self._last_edit is not None
+        changes = self._touched or self._defaults or self._edits_messages
+        self._changes_nothing = not changes and self._most_choices is None
 
     def apply(self, request: R) -> R:
+        if self._changes_nothing:
+            return request
         self._check_choices(request)
         data = request.data
         changes: dict[str, bytes | None] = {}
@@ -78,7 +83,7 @@ class _Rules:
         for name, text in self._defaults.items():
             if (changes[name] if name in changes else data.get(name)) is None:
                 changes[name] = text
-        if self._edits or self._ids is not None or self._last_edit is not None:
+        if self._edits_messages:
             self._change_messages(data.get("messages"), changes)
         return request.with_fields(**changes) if changes else request
 

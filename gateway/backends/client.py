@@ -79,18 +79,23 @@ class HTTPTransport:
         end = math.inf if timeouts.total is None else self._loop.time() + timeouts.total
         connection = pool.take() or await self._connection(pool, timeouts, end)
         repeatable = connection.used and method in _REPEATABLE and upload is None
-        reply = _begin(connection, target, head, upload or body, timeouts, end)
+        bodiless = method == "HEAD"
+        reply = connection.begin(head, upload or body, bodiless=bodiless, timeouts=timeouts, end=end)
         try:
-            await _head_of(reply, timeouts)
+            await reply.head(timeouts.first_byte)
         except UpstreamError as failure:
+            reply.close()
             if upload is not None and upload.failure is not None:
                 raise upload.failure from None
             if not repeatable or not reply.untouched() or failure.code == "upstream_timeout":
                 raise
             connection = await self._connection(pool, timeouts, end, fresh=True)
-            reply = _begin(connection, target, head, body, timeouts, end)
+            reply = connection.begin(head, body, bodiless=bodiless, timeouts=timeouts, end=end)
             await _head_of(reply, timeouts)
-        return _readable(reply)
+        except BaseException:
+            reply.close()
+            raise
+        return _readable(reply) if "content-encoding" in reply.headers else reply
 
     async def aclose(self) -> None:
         self._closed = True
@@ -124,12 +129,6 @@ class HTTPTransport:
             raise UpstreamUnreachable("The upstream could not be reached.", log=cause) from failure
 
 
-def _begin(
-    connection: Connection, target: Target, head: bytes, body: bytes | Upload | None, timeouts: Timeouts, end: float
-) -> Reply:
-    return connection.begin(head, body, bodiless=target.method == "HEAD", timeouts=timeouts, end=end)
-
-
 async def _head_of(reply: Reply, timeouts: Timeouts) -> None:
     try:
         await reply.head(timeouts.first_byte)
@@ -139,7 +138,7 @@ async def _head_of(reply: Reply, timeouts: Timeouts) -> None:
 
 
 def _readable(reply: Reply) -> Response:
-    encoding = reply.headers.get("content-encoding", "").strip().lower()
+    encoding = reply.headers["content-encoding"].strip().lower()
     if encoding in ("", "identity"):
         return reply
     if encoding not in ENCODINGS:

@@ -35,12 +35,12 @@ class Pool:
 
     def take(self) -> Connection | None:
         """An idle connection, leased, if there is one and the caller need not wait."""
-        if self.leases < self._most:
-            connection = self._pop_idle()
-            if connection is not None:
-                self.leases += 1
-            return connection
-        return None
+        if not self.idle or self.leases >= self._most:
+            return None
+        connection = self._pop_idle()
+        if connection is not None:
+            self.leases += 1
+        return connection
 
     async def open(self, until: float, *, fresh: bool = False) -> Connection:
         """A leased connection, before that time of the loop's clock; `fresh`: not one that was used before. Raises

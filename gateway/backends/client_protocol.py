@@ -97,7 +97,8 @@ class Connection(asyncio.Protocol):
         """May an exchange begin? Nothing came and nobody hung up since the last one, as far as the kernel knows."""
         if not self.open or self.transport.is_closing():
             return False
-        return not self._readable()
+        hung_up = self._hung_up or self._poll()
+        return hung_up is None or not hung_up.poll(0)
 
     def wait_idle(self, seconds: float) -> None:
         """Closes itself if no exchange begins for so long."""
@@ -130,13 +131,12 @@ class Connection(asyncio.Protocol):
         self._stop_upload()
         self._owner.dropped(self, leased=reply is not None)
 
-    def _readable(self) -> bool:
-        if self._hung_up is None:
-            if not hasattr(select, "poll"):
-                return False
+    def _poll(self) -> select.poll | None:
+        """Tells what there is to read. Made once; None where the system has no such thing."""
+        if hasattr(select, "poll"):
             self._hung_up = select.poll()
             self._hung_up.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return bool(self._hung_up.poll(0))
+        return self._hung_up
 
     # --- what an upload asks for
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Protocol
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -20,8 +21,9 @@ from gateway.errors import UpstreamError, UpstreamTimeout
 HIGH_WATER = 1 << 16
 MAX_HEAD = 1 << 16
 MAX_HEADERS = 256
-_CHUNK_SIZE = b"%x\r\n"
 _CHUNK = b"%x\r\n%b\r\n"
+_KEPT_CHUNK_STARTS = 4096
+_KEPT_NAMES = 1024
 
 
 class Line(Protocol):
@@ -131,6 +133,8 @@ class Reply:
         return found
 
     async def read_all(self, limit: int) -> bytes:
+        if self._line is None and self._failure is None and self._size <= limit:  # it has come already
+            return self._come()
         return await read_whole(self, limit)
 
     def at_end(self) -> bool:
@@ -151,34 +155,33 @@ class Reply:
         """Has nothing come of it?"""
         return self._silent == 0 and not self._headed
 
-    async def _wait(self, line: Line, seconds: float) -> None:
-        if self._waiter is not None:
+    def _wait(self, line: Line, seconds: float) -> asyncio.Future[None]:
+        """Done once `_wake` is called. No coroutine: each of them costs whenever a task resumes below it."""
+        if self._waiter is not None and not self._waiter.done():
             raise RuntimeError("a reply is read by one task at a time")
         waiter = self._waiter = self._loop.create_future()
-        self._silent_until = self._loop.time() + seconds
-        line.due(min(self._silent_until, self._end))
-        try:
-            await waiter
-        finally:
-            self._waiter = None
+        until = self._silent_until = self._loop.time() + seconds
+        line.due(until if until < self._end else self._end)
+        return waiter
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     # --- what the connection tells
 
     def feed(self, data: bytes) -> None:
         if self._between_chunks and self._take is not None:
-            start = data.find(b"\r\n") + 2
-            size = len(data) - start - 2
-            if size > 0 and data[:start] == _CHUNK_SIZE % size and data.endswith(b"\r\n"):
-                self._hand_over(self._take, data[start:-2])
+            start = chunk_start(len(data))
+            if start and data.startswith(start) and data.endswith(b"\r\n"):
+                self._hand_over(self._take, data[len(start) : -2])
                 return
         self._parse(data)
 
     def _parse(self, data: bytes) -> None:
         assert self._parser is not None
+        known = len(self._pieces)
         self._silent += len(data)
         self._between_chunks = False
         try:
@@ -188,10 +191,15 @@ class Reply:
                 self.fail(broken(f"malformed reply: {failure.__context__ or failure}"))
                 return
             self._junk = True
-        if self._take is not None and self._pieces:
-            piece = self._come()
-            self._between_chunks = data == _CHUNK % (len(piece), piece)
-            self._hand_over(self._take, piece)
+        if len(self._pieces) > known:
+            self._silent = 0
+            if self._take is not None:
+                piece = self._come()
+                self._between_chunks = data == _CHUNK % (len(piece), piece)
+                self._hand_over(self._take, piece)
+            else:
+                self._size += sum(map(len, self._pieces[known:]))
+                self._wake()
         if self._complete:
             self._over(self._keep and not self._junk)
         elif self._silent > MAX_HEAD:
@@ -281,15 +289,12 @@ class Reply:
         if status >= 300 and self._line is not None:
             self._line.stop_sending()
         self._complete = self._bodiless
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def on_body(self, piece: bytes) -> None:
         if not self._complete:
             self._pieces.append(piece)
-            self._size += len(piece)
-            self._silent = 0
-            if self._waiter is not None and self._take is None:
-                self._wake()
 
     def on_message_complete(self) -> None:
         if self._headed and not self._complete:
@@ -307,9 +312,26 @@ def _folded(raw: list[tuple[bytes, bytes]], came: int) -> dict[str, str]:
         raise ValueError("its head is too large")
     headers: dict[str, str] = {}
     for raw_name, raw_value in raw:
-        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").rstrip(" \t")
+        name, value = _header_name(raw_name), raw_value.decode("latin-1").rstrip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
+
+
+@lru_cache(_KEPT_NAMES)
+def _header_name(raw: bytes) -> str:
+    return raw.decode("latin-1").lower()
+
+
+@lru_cache(_KEPT_CHUNK_STARTS)
+def chunk_start(length: int) -> bytes:
+    """The line that an HTTP chunk of so many bytes in all begins with, if its size is written as most do; empty if
+    there is none."""
+    for digits in range(1, 9):
+        size = length - digits - len(b"\r\n\r\n")
+        start = b"%x\r\n" % max(size, 0)
+        if size > 0 and len(start) == digits + len(b"\r\n"):
+            return start
+    return b""
 
 
 def broken(cause: str) -> UpstreamError:

@@ -64,17 +64,19 @@ class OpenAITranslator:
         ]
 
     def request(self, request: ChatRequest) -> HTTPRequest:
-        adapted = self._adapter.apply(request)
-        if request.stream and self._adapter.asks_usage(request):
-            adapted = adapted.asking_for_usage()
-        headers = self._streamed if request.stream else self._whole
+        adapted, headers = self._adapter.apply(request), self._whole
+        if request.stream:
+            headers = self._streamed
+            if self._adapter.asks_usage(request):
+                adapted = adapted.asking_for_usage()
         return HTTPRequest("POST", self._path(request.operation, request.model or ""), headers, adapted.raw)
 
     def completion(self, request: ChatRequest, body: bytes) -> Completion:
         data = _object(body)
-        if (error := error_in(data)) is not None and not data.get("choices"):
+        choices = data.get("choices")
+        if not choices and (error := error_in(data)) is not None:
             raise streamed_error(error)
-        if not isinstance(data.get("choices"), list):
+        if not isinstance(choices, list):
             raise WireError("the reply has no 'choices' array")
         return Completion(body.strip(), data)
 
@@ -126,11 +128,12 @@ class OpenAIDecoder:
     def _chunks(self, payloads: list[bytes]) -> list[Chunk]:
         chunks: list[Chunk] = []
         for number, payload in enumerate(payloads, 1):
-            if payload.strip() == sse.DONE:
+            said = payload.strip()
+            if said == sse.DONE:
                 self.complete = True
                 self.trailing = number < len(payloads) or self._events.waiting
                 break
-            if payload.strip():
+            if said:
                 chunks.append(Chunk(raw=payload))
         return chunks
 

@@ -253,14 +253,9 @@ def save(turns: Sequence[ConversationTurn]) -> list[Step]:
     placed: list[tuple[str | int | None, ...]] = []
     for group in _by_conversation(turns):
         first = group[0]
-        counted = [(message, turn.at) for turn in group if turn.after is None for message in turn.messages]
-        totals = (
-            sum(len(turn.messages) for turn in group),
-            sum(turn.tokens_input for turn in group),
-            sum(turn.tokens_output for turn in group),
-            sum(turn.cost_nanousd for turn in group),
-        )
-        at = max(turn.at for turn in group)
+        totals, at, behind = _totals(group)
+        if behind < totals[0]:
+            placed += _placed(group)
         if first.is_new:
             owner = (first.pk, first.id, first.user_id, first.key_id, first.end_user, first.session_id)
             if first.after is None:
@@ -270,16 +265,31 @@ def save(turns: Sequence[ConversationTurn]) -> list[Step]:
                 alone.append((*owner, at, first.after + totals[0], *totals[1:], first.title, *parent))
         else:
             known.append((first.pk, *totals, at))
-        for index, (message, sent_at) in enumerate(counted):
-            row = _message_row(message, len(counted) - 1 - index, sent_at)
-            if first.is_new:
-                by_owner.append((*row, first.user_id, first.id))
-            else:
-                by_pk.append((*row, first.pk))
-        if len(counted) < totals[0]:
-            placed += _placed(group)
+        rows, whose = (by_owner, (first.user_id, first.id)) if first.is_new else (by_pk, (first.pk,))
+        for turn in group:
+            if turn.after is None:
+                for message in turn.messages:
+                    behind -= 1
+                    rows.append(_message_row(message, behind, turn.at) + whose)
     steps: list[Step] = [(CREATE, new), (INSERT_BY_OWNER, by_owner), (CREATE_ALONE, alone), (ADD_TO, known)]
     return [*steps, (INSERT_BY_PK, by_pk), (INSERT_AT, placed), *_rarely(turns)]
+
+
+def _totals(group: Iterable[ConversationTurn]) -> tuple[tuple[int, int, int, int], int, int]:
+    """The messages, tokens and costs of these turns, when the last one was, and how many of the messages take the next
+    `seq`, whatever it is."""
+    messages = counted = tokens_input = tokens_output = cost = at = 0
+    for turn in group:
+        count = len(turn.messages)
+        messages += count
+        if turn.after is None:
+            counted += count
+        tokens_input += turn.tokens_input
+        tokens_output += turn.tokens_output
+        cost += turn.cost_nanousd
+        if turn.at > at:
+            at = turn.at
+    return (messages, tokens_input, tokens_output, cost), at, counted
 
 
 def _placed(group: Iterable[ConversationTurn]) -> list[tuple[str | int | None, ...]]:

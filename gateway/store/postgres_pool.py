@@ -53,7 +53,10 @@ class Pool:
     @property
     def is_cut(self) -> bool:
         """Was a free connection closed by the other side?"""
-        return any(connection.is_closed() for connection, _ in self._idle)
+        cut = False
+        for connection, _ in self._idle:
+            cut = cut or connection.is_closed()
+        return cut
 
     def take_idle(self) -> Connection | None:
         """A free connection, if there is one: what `take` gives without waiting."""

@@ -15,8 +15,8 @@ the same in CTEs that change data. What differs from running them one after the 
   ends the statement with a cardinality violation: then nothing is done, and the steps must run one after the other.
 
 A batch of a single turn, which is what most of them are, binds its values one by one: PostgreSQL starts it in two
-thirds of the time. Larger ones travel as JSON, one array of objects for each part, whose text takes about half the time
-to encode that an array for each column does.
+thirds of the time. Larger ones travel as JSON, one array of rows for each part, without the names of the columns: of
+eight turns that is half the text and half the time, here and there, that objects take.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class _Part:
     def source(self, count: int, first: int) -> str:
         """Something to read the rows from, whose first parameter is `$first`."""
         if count == _MANY:
-            typed = ", ".join(f"{column} {_type(column)}" for column in self.columns)
-            return f"json_to_recordset(CAST(${first} AS JSON)) AS v({typed})"
+            named = ", ".join(_member(place, column) for place, column in enumerate(self.columns))
+            return f"(SELECT {named} FROM jsonb_array_elements(CAST(${first} AS JSONB)) AS e) AS v"
         places = iter(range(first, first + count * len(self.columns)))
         rows = [
             ", ".join(f"CAST(${place} AS {_type(column)})" for column, place in zip(self.columns, places, strict=False))
@@ -110,7 +110,7 @@ def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
         return None
     if all(count <= part.few for count, part in zip(shape, _PARTS, strict=True)) and _one_conversation(shape):
         return _statement(tuple(shape)), list(chain.from_iterable(chain.from_iterable(rows for _, rows in work)))
-    return _statement(tuple(_MANY if count else 0 for count in shape)), [_json(sql, rows) for sql, rows in work]
+    return _statement(tuple(_MANY if count else 0 for count in shape)), [_json(rows) for _, rows in work]
 
 
 def _one_conversation(shape: Sequence[int]) -> bool:
@@ -131,12 +131,15 @@ def _complete(work: Sequence[Step], shape: Sequence[int]) -> bool:
     return {row[0] for row in rows[sessions.COUNT_NAMED]} <= {row[0] for row in rows[sessions.ADD]}
 
 
-def _json(sql: str, rows: Sequence[Sequence[Value]]) -> str:
-    columns = _PARTS[_PLACES[sql]].columns
+def _json(rows: Sequence[Sequence[Value]]) -> str:
     try:
-        return orjson.dumps([dict(zip(columns, row, strict=True)) for row in rows]).decode()
+        return orjson.dumps(rows, default=tuple).decode()  # for rows that are tuples with names
     except TypeError as error:  # orjson's words, which show no value: half a surrogate pair, a number too large
         raise RowRejected(str(error)) from None
+
+
+def _member(place: int, column: str) -> str:
+    return f"CAST(e->>{place} AS {_type(column)}) AS {column}"
 
 
 def _type(column: str) -> str:

@@ -39,14 +39,16 @@ _LIMITS = {
 
 
 class ChatRequest:
-    """A request to `/chat/completions`: `raw` as received, `data` as parsed; both describe the same object."""
+    """A request to `/chat/completions`: `raw` as received, `data` as parsed; both describe one object, for good."""
 
-    __slots__ = ("data", "raw")
+    __slots__ = ("data", "model", "raw", "stream")
     operation: ClassVar[str] = "chat/completions"
 
     def __init__(self, raw: bytes, data: dict[str, Any]) -> None:
         self.raw = raw
         self.data = data
+        self.model: str | None = data.get("model")
+        self.stream: bool = data.get("stream") is True
 
     @classmethod
     def parse(cls, raw: bytes) -> Self:
@@ -64,10 +66,12 @@ class ChatRequest:
 
     def with_fields(self, /, **changes: bytes | None) -> Self:
         """A request with top-level members set to JSON texts, or taken out (None)."""
-        data = {**self.data, **{key: loads(text) for key, text in changes.items() if text is not None}}
+        data = dict(self.data)
         for key, text in changes.items():
             if text is None:
                 data.pop(key, None)
+            else:
+                data[key] = loads(text)
         return type(self)(splice.edit(self.raw, self.data, changes), data)
 
     def with_model(self, name: str) -> Self:
@@ -83,18 +87,9 @@ class ChatRequest:
         return self.with_fields(messages=b"[" + b",".join((*stored, inner)) + b"]")
 
     @property
-    def model(self) -> str | None:
-        model: str | None = self.data.get("model")
-        return model
-
-    @property
     def messages(self) -> list[Message]:
         messages: list[Message] = self.data["messages"]
         return messages
-
-    @property
-    def stream(self) -> bool:
-        return self.data.get("stream") is True
 
     @property
     def choice_count(self) -> int:
@@ -295,9 +290,9 @@ class Usage:
 
 
 def _count(value: object) -> int | None:
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
+    if type(value) is int:
+        return value if 0 <= value <= MOST_TOKENS else None
+    return _count(int(value)) if type(value) is float and value.is_integer() else None
 
 
 def _tells(details: object) -> bool:

@@ -67,8 +67,11 @@ def completion(reply: Completion, *, model: str = "", at: int = 0) -> Completion
 def _is_right(data: Mapping[str, Any]) -> bool:
     """Is it a chat reply of the usual kind, with nothing to put right? Told in no time; False: look closer."""
     choices = data.get("choices")
-    if type(choices) is not list or not all(map(_is_right_choice, choices)):
+    if type(choices) is not list:
         return False
+    for choice in choices:
+        if not _is_right_choice(choice):
+            return False
     counts = data.get("usage")
     return is_named(data) and type(counts) is dict and _is_right_usage(counts)
 
@@ -90,15 +93,16 @@ def _is_right_choice(choice: object) -> bool:
 
 
 def _is_right_usage(told: Json) -> bool:
-    for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        if type(count := told.get(key)) is not int or count < 0 or (count > MOST_TOKENS and key != "total_tokens"):
-            return False
+    asked, answered, total = told.get("prompt_tokens"), told.get("completion_tokens"), told.get("total_tokens")
+    if not (type(asked) is int and type(answered) is int and type(total) is int):
+        return False
+    if not (0 <= asked <= MOST_TOKENS and 0 <= answered <= MOST_TOKENS and total >= 0):
+        return False
     for key, value in told.items():
-        kind = type(value)
-        if kind is dict:
-            if None in value.values():
+        if type(value) is int:
+            if key.endswith("_details"):
                 return False
-        elif kind is not int or key.endswith("_details"):
+        elif type(value) is not dict or None in value.values():
             return False
     return True
 
@@ -243,13 +247,12 @@ def new_name(operation: str, model: str, at: int, *, stream: bool = False) -> Js
 
 def is_named(data: Mapping[str, Any]) -> bool:
     """Is nothing `unnamed`, and is its `service_tier` one of OpenAI's? Told in no time."""
-    for key in ("id", "object", "model"):
-        if type(told := data.get(key)) is not str or not told:
-            return False
-    told = data.get("service_tier")
-    if told is not None and (type(told) is not str or told not in _TIERS):
+    told = data.get
+    name, kind, model, created, tier = told("id"), told("object"), told("model"), told("created"), told("service_tier")
+    if not (name and type(name) is str and kind and type(kind) is str and model and type(model) is str):
         return False
-    created = data.get("created")
+    if tier is not None and (type(tier) is not str or tier not in _TIERS):
+        return False
     return type(created) is int and created > 0
 
 

@@ -182,7 +182,8 @@ def _with_values(raw: bytes, changes: Mapping[str, Change]) -> bytes | None:
         if text is None or found is None:
             return None
         places.append((*found, text))
-    places.sort(key=itemgetter(0), reverse=True)
+    if len(places) > 1:
+        places.sort(key=itemgetter(0), reverse=True)
     for start, end, text in places:
         raw = raw[:start] + _text(text, raw[start:end]) + raw[end:]
     return raw

@@ -31,6 +31,8 @@ class SSEDecoder:
         self._size = 0
         self._start = True
         self._after_cr = False
+        self._fresh = False
+        """Nothing of an earlier event waits here, nor does the beginning of the stream."""
 
     @property
     def waiting(self) -> bool:
@@ -40,17 +42,22 @@ class SSEDecoder:
     def may_pass(self, piece: bytes) -> bool:
         """May somebody who knows these bytes for whole events read them instead of us? Nothing of an earlier event
         waits here, and none of these can be too long."""
-        return len(piece) <= self._max and not (self._parts or self._data or self._start or self._after_cr)
+        return self._fresh and len(piece) <= self._max
 
     def feed(self, piece: bytes) -> list[bytes]:
-        if not (self._parts or self._data or self._start or self._after_cr) and piece.endswith(b"\n\n"):
+        if (self._fresh or (self._start and not self._parts)) and piece.endswith(b"\n\n"):
             payloads = self._whole_events(piece)
             if payloads is not None:
+                self._start, self._fresh = False, True
                 return payloads
-        return self._lines(piece)
+        self._fresh = False
+        payloads = self._lines(piece)
+        self._fresh = not (self._parts or self._data or self._start or self._after_cr)
+        return payloads
 
     def flush(self) -> list[bytes]:
         """The event that was complete but for its blank line, when the stream has ended."""
+        self._fresh = False
         rest = b"".join(self._parts).strip()
         if rest in (b"data: " + DONE, b"data:" + DONE):
             self._line(rest)
@@ -61,11 +68,12 @@ class SSEDecoder:
         """The usual case, without looking at lines: whole events of one `data: ` line each, ended by LF LF."""
         if b"\r" in piece:
             return None
-        events = piece[:-2].split(b"\n\n")
-        for event in events:
+        payloads: list[bytes] = []
+        for event in piece[:-2].split(b"\n\n"):
             if not event.startswith(b"data: ") or b"\n" in event or len(event) > self._max:
                 return None
-        return [event[6:] for event in events]
+            payloads.append(event[6:])
+        return payloads
 
     def _lines(self, piece: bytes) -> list[bytes]:
         if not self._start and b"\n" not in piece and b"\r" not in piece:

@@ -86,15 +86,30 @@ class ChatStream:
         except (StreamedError, WireError) as failure:
             if not leaving:
                 raise
-            self.failure = failure
+            self._template, self.failure = None, failure
         return sse.encode(leaving)
 
     def pass_piece(self, piece: bytes) -> bytes | None:
         """For one read of the upstream's socket that begins and ends with an event: what `feed` would give for its
         chunks. None: they are not of the usual kind, and nothing was done."""
-        if self._template is None or self.failure is not None:
+        template = self._template
+        if template is None:
             return None
-        usual = self._template.events(piece)
+        one = template.event(piece)
+        if one is None:
+            return self._pass_events(template, piece)
+        text, leaving = one
+        answer = self.answer
+        characters = answer.characters + len(text)
+        if characters > _MOST_CHARACTERS:
+            return None
+        for pieces in self._texts:
+            pieces.append(text)
+        answer.characters = characters
+        return leaving
+
+    def _pass_events(self, template: Template, piece: bytes) -> bytes | None:
+        usual = template.events(piece)
         if usual is None:
             return None
         texts, leaving = usual

@@ -39,6 +39,7 @@ _MARKS = re.compile(re.escape(_MARK) + b"|" + _PADDED)
 _MARKS_REWRITTEN = re.compile(MARK.encode())
 _DATA, _BLANK = b"data: ", b"\n\n"
 """An event of one line begins and ends so."""
+_parsed = orjson.loads
 
 
 class Template:
@@ -46,7 +47,8 @@ class Template:
 
     __slots__ = (
         *("_between", "_changed", "_end", "_event_end", "_event_start", "_head", "_leaving", "_leaving_between"),
-        *("_middle", "_one_line", "_rewritten", "_start", "_tail"),
+        *("_around", "_leaving_end", "_leaving_start", "_middle", "_one_line", "_rewritten", "_shortest_two", "_start"),
+        *("_string_end", "_string_start", "_tail"),
     )
 
     def __init__(self, parts: list[bytes], leaving: list[bytes], *, rewritten: bool) -> None:
@@ -65,7 +67,26 @@ class Template:
         self._event_start = _DATA + self._head
         self._event_end = self._tail + _BLANK
         self._between = self._event_end + self._event_start
-        self._leaving_between = leaving[-1] + _BLANK + _DATA + leaving[0]
+        self._string_start = len(_DATA) + self._start
+        self._string_end = self._end - len(_BLANK)
+        self._around = len(self._between)
+        self._shortest_two = 2 * self._around if self._one_line and not (self._middle or rewritten) else 0
+        self._leaving_start, self._leaving_end = _DATA + leaving[0], leaving[-1] + _BLANK
+        self._leaving_between = self._leaving_end + self._leaving_start
+
+    def event(self, piece: bytes) -> tuple[str, bytes] | None:
+        """`events` for what is too short to be more than one of them. None: see whether `events` knows it."""
+        size = len(piece)
+        if size >= self._shortest_two:
+            return None
+        inside = piece.removeprefix(self._event_start).removesuffix(self._event_end)
+        if size - len(inside) != self._around:
+            return None
+        try:
+            text = _parsed(b'"' + inside + b'"')
+        except orjson.JSONDecodeError:
+            return None
+        return text, b"".join((self._leaving_start, inside, self._leaving_end)) if self._changed else piece
 
     def events(self, piece: bytes) -> tuple[list[str], bytes] | None:
         """Whole events of such chunks and nothing else, as one read of a socket brings them: their texts, and the
@@ -74,7 +95,7 @@ class Template:
             return None
         if self._middle or self._rewritten:
             return self._one_by_one(piece)
-        string = piece[len(_DATA) + self._start : self._end - len(_BLANK)]
+        string = piece[self._string_start : self._string_end]
         inside = string[1:-1].split(self._between)
         if len(inside) > 1:
             if b"\\" in string:
@@ -91,7 +112,7 @@ class Template:
         if not self._changed:
             return texts, piece
         leaving = inside[0] if len(inside) == 1 else self._leaving_between.join(inside)
-        return texts, b"".join((_DATA, self._leaving[0], leaving, self._leaving[-1], _BLANK))
+        return texts, b"%b%b%b" % (self._leaving_start, leaving, self._leaving_end)
 
     def _one_by_one(self, piece: bytes) -> tuple[list[str], bytes] | None:
         texts: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway import ledger
+from gateway import current_sessions
 from tests_standalone.api.conftest import App, Launch
 from tests_standalone.api.test_conversations import ask, chat, error, told
 from tests_standalone.support.databases import sqlite_url
@@ -71,7 +71,7 @@ async def test_after_its_end_what_is_new_goes_into_another(app: App) -> None:
 
 async def test_another_worker_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversation of a worker that remembers a session goes elsewhere once another worker has ended that."""
-    monkeypatch.setattr(ledger, "SESSION_NEWS_SECONDS", 0.0)
+    monkeypatch.setattr(current_sessions, "NEWS_SECONDS", 0.0)
     config = {"backends": {"echo": {"type": "scripted"}}, "database": {"url": sqlite_url(tmp_path)}}
     async with App(tmp_path, config) as one, App(tmp_path, config) as two:
         await chat(one, "one", conversation_id="a")

@@ -13,7 +13,7 @@ import pytest
 
 from gateway.backends.client import HTTPTransport
 from gateway.backends.client_pool import Pool
-from gateway.backends.client_reply import HIGH_WATER, MAX_HEAD, MAX_HEADERS, Reply
+from gateway.backends.client_reply import HIGH_WATER, MAX_HEAD, MAX_HEADERS, Reply, chunk_start
 from gateway.backends.transport import Timeouts
 from gateway.errors import UpstreamError, UpstreamTimeout
 from tests_standalone.backends.raw_upstream import (
@@ -256,6 +256,36 @@ class TestBroken:
             assert len(upstream.peers) == 2
 
 
+class TestWhole:
+    """A reply that has come already is read as one that is still coming."""
+
+    @pytest.mark.parametrize("pause", [0, 0.02])
+    async def test_up_to_a_limit(self, client: HTTPTransport, pause: float) -> None:
+        reply = (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhel", b"lo")
+        async with raw_upstream(sending(*reply, pause=pause, end="kept")) as upstream:
+            response = await client.send("POST", upstream.url, {}, b"{}", QUICK)
+            assert await response.read_all(5) == b"hello"
+            assert response.at_end()
+            assert await response.read_all(5) == b""
+
+    @pytest.mark.parametrize("pause", [0, 0.02])
+    async def test_and_no_further(self, client: HTTPTransport, pause: float) -> None:
+        reply = (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhel", b"lo")
+        async with raw_upstream(sending(*reply, pause=pause, end="kept")) as upstream:
+            response = await client.send("POST", upstream.url, {}, b"{}", QUICK)
+            with pytest.raises(UpstreamError, match="too large"):
+                await response.read_all(4)
+
+    @pytest.mark.parametrize("pause", [0, 0.02])
+    async def test_not_what_broke(self, client: HTTPTransport, pause: float) -> None:
+        reply = (b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nhel", b"lo")
+        async with raw_upstream(sending(*reply, pause=pause)) as upstream:
+            response = await client.send("POST", upstream.url, {}, b"{}", QUICK)
+            await asyncio.sleep(2 * pause)
+            with pytest.raises(UpstreamError, match="broke"):
+                await response.read_all(9)
+
+
 class TestClose:
     async def test_before_the_end_the_connection_is_dropped(self, client: HTTPTransport) -> None:
         async with raw_upstream(sending(OK[:-1], end="kept")) as upstream:
@@ -491,6 +521,26 @@ class TestPush:
             await self._try(
                 dice, body, b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in body) + b"0\r\n\r\n"
             )
+
+    def test_how_a_chunk_begins_is_told_by_its_length(self) -> None:
+        sizes = [*range(1, 5000), 65535, 65536, 1 << 20]
+        starts = {len(_chunk(b"x" * size)): b"%x\r\n" % size for size in sizes}
+        assert {length: chunk_start(length) for length in starts} == starts
+        none = [length for length in range(max(sizes[:-3])) if length not in starts]
+        assert [chunk_start(length) for length in none] == [b""] * len(none)
+
+    @pytest.mark.parametrize("chunk", [b"00a\r\n0123456789\r\n", b"A\r\n0123456789\r\n", b"a;x=y\r\n0123456789\r\n"])
+    async def test_a_size_may_be_written_in_other_ways(self, chunk: bytes) -> None:
+        line, got = Line(), list[bytes]()
+        reply = self._reply(line)
+        pushing = asyncio.create_task(reply.push(lambda piece: len(got) < 3 and got.append(piece) is None))
+        await asyncio.sleep(0)
+        reply.feed(b"2\r\nok\r\n")
+        reply.feed(chunk)
+        reply.feed(b"a\r\n0123456789\r\n")
+        reply.feed(b"0\r\n\r\n")
+        assert await _ended(pushing)
+        assert (got, line.kept) == ([b"ok", b"0123456789", b"0123456789"], True)
 
     async def test_a_chunk_within_a_chunk_is_its_content(self) -> None:
         """The first half is read; the other, which looks like a whole chunk, comes while the reply is pushed."""

@@ -43,6 +43,13 @@ class TestReading:
         assert request.model is None
         assert (request.stream, request.choice_count, request.wants_usage) == (False, 1, False)
 
+    def test_it_is_told_anew_of_a_request_that_was_changed(self) -> None:
+        request = parse(stream=True)
+        assert request.with_model("another").model == "another"
+        assert not request.with_fields(stream=b"false").stream
+        left = request.with_fields(stream=None, model=None)
+        assert (left.stream, left.model) == (False, None)
+
     @pytest.mark.parametrize(
         "key",
         [key for key in READ if key != "messages"],

@@ -216,6 +216,10 @@ class TestEncode:
         ([b"data: 1\r\n\r\n"], True),
         ([b"data: 1\r\r"], False),
         ([b"data: 1\n\n", b": ping\n"], True),
+        ([b"\xef\xbb\xbfdata: 1\n\n"], True),
+        ([b"\xef\xbb", b"\xbfdata: 1\n\n"], True),
+        ([b"\xef\xbb"], False),
+        ([b"data: 1\n\n", b"data: 2\r"], False),
     ],
 )
 def test_whole_events_may_be_read_by_others_where_nothing_waits(before: list[bytes], may: bool) -> None:

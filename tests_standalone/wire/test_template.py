@@ -16,7 +16,7 @@ from gateway.wire import template as template_module
 from gateway.wire.chat import Chunk, Usage
 from gateway.wire.sse import SSEDecoder
 from gateway.wire.stream import ChatStream, StreamedError
-from gateway.wire.template import MARK, Probe, around_text
+from gateway.wire.template import MARK, Probe, Template, around_text
 
 Json = dict[str, Any]
 
@@ -474,6 +474,22 @@ class TestPieces:
         stream.feed([Chunk(raw=A), Chunk(raw=b"{")])
         assert stream.failure is not None
         assert stream.pass_piece(events(A)) is None
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_an_event_takes_one_way_alone_and_another_in_company(self, count: int) -> None:
+        """Both give the same; `event` is for one of the plain kind."""
+        parts = [b'{"t":"', b'","u":null}']
+        for leaving in (parts, [b'{"t":"', b'"}']):
+            template = Template(parts, leaving, rewritten=False)
+            piece = events(*[b'{"t":"a\\n\xc3\xa9","u":null}'] * count)
+            one, all_of_them = template.event(piece), template.events(piece)
+            assert all_of_them is not None
+            assert one == ((all_of_them[0][0], all_of_them[1]) if count == 1 else None)
+
+    @pytest.mark.parametrize("inside", [b"a\n", b'"', b'a","b":"c', b"\\", b"\\ud83d", b"\xc3", b'" ', b' "'])
+    def test_what_is_no_text_is_no_event(self, inside: bytes) -> None:
+        template = Template([b'{"t":"', b'"}'], [b'{"t":"', b'"}'], rewritten=False)
+        assert template.event(b'data: {"t":"%b"}\n\n' % inside) is None
 
     def test_an_answer_that_is_too_long_takes_the_long_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stream_module, "_MOST_CHARACTERS", 3)
