@@ -60,7 +60,7 @@ class Gateway:
         self._known = _without_parameters(routes)
         self._router = Router(routes, redirect_slashes=False, default=not_found, lifespan=self._lifespan)
         inner = ErrorBoundary(OnePath(self._routed))
-        self.http = CORS(Observed(inner, settings.server.trusted_proxies), settings.server.cors_origins)
+        self.http_app = CORS(Observed(inner, settings.server.trusted_proxies), settings.server.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -68,7 +68,7 @@ class Gateway:
             return
         if scope["type"] == "http":
             scope.setdefault("state", {})
-        await self.http(scope, receive, send)
+        await self.http_app(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What keeps the gateway from starting is said in lines that name the setting, without a traceback."""
@@ -79,7 +79,7 @@ class Gateway:
             await send(message)
 
         try:
-            await self.http(scope, receive, plainly)
+            await self.http_app(scope, receive, plainly)
         except ConfigError:
             if not self._problems:
                 raise

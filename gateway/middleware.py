@@ -1,7 +1,7 @@
 """What surrounds every route, as plain ASGI: CORS, request ids and the access log, errors, spellings of a path.
 
-From the outside in: `CORS`, `Observed`, `ErrorBoundary`, `OnePath`, then the router. CORS is outermost so that a
-refusal carries its headers too: without them a browser reports a network error and nothing else.
+From the outside in: `CORS`, `Observed` with the `ErrorBoundary`, `OnePath`, then the router. CORS is outermost so that
+a refusal carries its headers too: without them a browser reports a network error and nothing else.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ def expects_continue(headers: Sequence[Header]) -> bool:
 
 def path_of(url: bytes) -> tuple[str, bytes, bytes]:
     """The path as text and as it came, and the query string."""
-    return _path_of_usual(url) if len(url) <= _USUAL_URL and b"?" not in url else _parsed(url)
+    plain = len(url) <= _USUAL_URL and url.startswith(b"/") and b"?" not in url and b"#" not in url
+    return _path_of_usual(url) if plain else _parsed(url)
 
 
 def _parsed(url: bytes) -> tuple[str, bytes, bytes]:
@@ -123,7 +124,7 @@ def _parsed(url: bytes) -> tuple[str, bytes, bytes]:
 
 
 _USUAL_URL = 128
-_path_of_usual = lru_cache(maxsize=64)(_parsed)  # without a query, which may hold a secret
+_path_of_usual = lru_cache(maxsize=64)(_parsed)  # what stands behind a path may be a secret
 
 
 def head_too_large(max_head: int) -> Refusal:

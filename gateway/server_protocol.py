@@ -68,7 +68,7 @@ class GatewayProtocol(HeadReader):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.app = getattr(self.app, "http", self.app)  # what answers requests, where an application has it apart
+        self.app = getattr(self.app, "http_app", self.app)  # what answers requests, where an application has it apart
         self._running: GatewayCycle | None = None  # whose application runs; `cycle` is the one being received
         self._in_body = False
         self._undelivered = 0  # bytes since the parser last finished a request or handed out a piece of a body

@@ -24,6 +24,7 @@ MAX_HEADERS = 256
 _CHUNK = b"%x\r\n%b\r\n"
 _KEPT_CHUNK_STARTS = 4096
 _KEPT_NAMES = 1024
+_USUAL_NAME = 64
 
 
 class Line(Protocol):
@@ -312,14 +313,17 @@ def _folded(raw: list[tuple[bytes, bytes]], came: int) -> dict[str, str]:
         raise ValueError("its head is too large")
     headers: dict[str, str] = {}
     for raw_name, raw_value in raw:
-        name, value = _header_name(raw_name), raw_value.decode("latin-1").rstrip(" \t")
+        name = _header_name(raw_name) if len(raw_name) <= _USUAL_NAME else _lowered(raw_name)
+        value = raw_value.decode("latin-1").rstrip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-@lru_cache(_KEPT_NAMES)
-def _header_name(raw: bytes) -> str:
+def _lowered(raw: bytes) -> str:
     return raw.decode("latin-1").lower()
+
+
+_header_name = lru_cache(_KEPT_NAMES)(_lowered)
 
 
 @lru_cache(_KEPT_CHUNK_STARTS)

@@ -105,6 +105,8 @@ def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
         place = _PLACES.get(sql, -1)
         if place <= last:
             return None
+        if rows and len(rows[0]) != len(_PARTS[place].columns):
+            raise ValueError(f"Rows of {len(rows[0])} values where {_PARTS[place].name} has other columns.")
         shape[place], last = len(rows), place
     if not _complete(work, shape):
         return None
@@ -133,9 +135,16 @@ def _complete(work: Sequence[Step], shape: Sequence[int]) -> bool:
 
 def _json(rows: Sequence[Sequence[Value]]) -> str:
     try:
-        return orjson.dumps(rows, default=tuple).decode()  # for rows that are tuples with names
+        return orjson.dumps(rows, default=_plain).decode()
     except TypeError as error:  # orjson's words, which show no value: half a surrogate pair, a number too large
         raise RowRejected(str(error)) from None
+
+
+def _plain(row: object) -> tuple[object, ...]:
+    """For rows that are tuples with names, and nothing else."""
+    if isinstance(row, tuple):
+        return tuple(row)
+    raise TypeError(f"Type is not JSON serializable: {type(row).__name__}")
 
 
 def _member(place: int, column: str) -> str:

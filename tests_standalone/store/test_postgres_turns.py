@@ -279,6 +279,19 @@ async def test_a_known_conversation_that_is_gone_takes_nothing(database: Databas
 TEXTS = ["", "'; --", '\\u0000 \\"x\\"', "€ 🙂 \u2028", "\x01\x7f", "x" * 100_000]
 
 
+def test_rows_of_another_length_are_a_mistake_of_ours() -> None:
+    """In a batch of many they would be read by their places, and what is missing as NULL."""
+    release, leases = release_step([Lease("ann", "chat", "h")])
+    with pytest.raises(ValueError, match="Rows of 2 values where ended has other columns"):
+        as_one([(release, [lease[:2] for lease in leases])])
+
+
+def test_only_rows_are_turned_into_arrays() -> None:
+    totals = SessionTotals("s", conversations=[b"x"])  # type: ignore[arg-type]
+    with pytest.raises(RowRejected, match="not JSON serializable"):
+        as_one([sessions.add_totals([totals, totals])])
+
+
 @pytest.mark.parametrize("turns", [1, 3])
 async def test_values_arrive_as_they_are(database: Database, turns: int) -> None:
     used = [
