@@ -626,7 +626,7 @@ from gateway.serving import serve
 import os, signal
 
 def started(port):
-    print(gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000)
+    print(gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 serve(partial(make_app, {}), host="127.0.0.1", port=0, workers=1, drain_seconds=1, on_started=started)
