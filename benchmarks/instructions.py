@@ -53,18 +53,20 @@ def main(names: list[str], mock: Mock) -> str:
     """A page of what each of these configurations of the gateway takes. Raises SystemExit without valgrind."""
     if shutil.which("valgrind") is None:
         raise SystemExit("--instructions needs the program valgrind (Debian's package of that name)")
+    gateways = {one.name: one for one in contestants() if isinstance(one, Gateway)}
+    if unknown := set(names) - set(gateways):
+        raise SystemExit(f"--instructions counts gateways only, not {', '.join(sorted(unknown))}")
     rows = []
     for name in names:
         say = say_to_stderr(name)
-        for course, counted in zip(COURSES, count(name, mock, COURSES), strict=True):
+        for course, counted in zip(COURSES, count(gateways[name], mock, COURSES), strict=True):
             say(f"{course.title}: {counted.instructions:,.0f} instructions")
             rows.append([name, course.title, *(number(figure) for figure in counted)])
     return table(["", "", "instructions", "missed, instructions", "missed, data"], rows)
 
 
-def count(name: str, mock: Mock, courses: tuple[Course, ...]) -> list[Counted]:
+def count(gateway: Gateway, mock: Mock, courses: tuple[Course, ...]) -> list[Counted]:
     """Each course is run twice, and counted the second time."""
-    gateway = next(one for one in contestants() if one.name == name and isinstance(one, Gateway))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         tool = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--cache-sim=yes", *CACHES]

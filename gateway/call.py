@@ -16,10 +16,9 @@ Rules (contract, sections 4 and 8; design, decisions 3, 5, 6):
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -163,13 +162,6 @@ class Call(Generic[R]):
         """At the end of every call, however it ended: what no turn has taken along."""
         if self.ticket.holds:
             self._relay.admission.release(self._relay.admission.settle(self.ticket, 0, 0))
-
-    @contextlib.contextmanager
-    def _giving_back(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._give_back()
 
     async def _try_routes(self, call: Callable[[Route, R], Coroutine[Any, Any, T]]) -> T:
         """The answer of the first route that gives one, once the limits have let the call in. Raises GatewayError."""

@@ -65,8 +65,10 @@ class OperationExchange(Call[OperationRequest]):
             if self._reply is None:
                 self._give_back()
         if self.length is not None:
-            with self._giving_back():
+            try:
                 return await self._whole(first)
+            finally:
+                self._give_back()
         try:
             return self._hold(first)
         except UpstreamError as failure:

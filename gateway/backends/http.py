@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,9})?")
 
 @dataclass(slots=True)
 class HTTPRequest:
-    """What to send. `path` is appended to the backend's base URL. (Not frozen: that costs a microsecond for each.)"""
+    """What to send. `path` is appended to the backend's base URL."""
 
     method: str
     path: str
