@@ -100,6 +100,10 @@ class WayOut(Protocol):
     passed_at: float
     """When a piece was passed on, by the loop's clock."""
 
+    filler: bytes
+    """A piece that means nothing to the client. Set it where one may be written between any two others: with it the
+    server finds out whether a client that shut its sending side still listens."""
+
     def pass_on(self, data: bytes) -> bool:
         """False: the client takes no more at the moment, so the next one is to be sent. True, and nothing done, once it
         is gone."""
@@ -206,6 +210,8 @@ class StreamResponse:
         await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers()]})
         self._last_sent = self._loop.time()
         if self._exchange.is_event_stream:
+            if self._way_out is not None:
+                self._way_out.filler = sse.PING
             self._ping_timer = self._loop.call_later(self._ping_seconds, self._ping_if_silent)
 
     async def _write(self, data: bytes, *, last: bool = False) -> None:

@@ -86,6 +86,7 @@ class GatewayCycle:
         self.response_started = False
         self.response_complete = False
         self.passed_at = 0.0
+        self.filler = b""
         self._loop = loop
         self._default_headers = default_headers
         self._on_response = on_response
@@ -243,6 +244,16 @@ class GatewayCycle:
         else:
             self._write(data, more=True)
         return not self.flow.write_paused
+
+    def provoke(self) -> None:
+        """Writes something that a client who still listens skips, and that the kernel of one who is gone answers with a
+        reset: an interim reply before the answer (100 is the one that every HTTP/1.1 client skips), its filler later.
+        What is on its way to the client anyway does the same."""
+        if not self.response_started:
+            if self.scope["http_version"] == "1.1":
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif self.filler and not self.flow.write_paused:
+            self.pass_on(self.filler)
 
     def _begin(self, status: int, headers: Iterable[Header]) -> None:
         self.response_started = True

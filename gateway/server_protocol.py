@@ -16,7 +16,8 @@ Rules:
 
 Not nice, and so by nature: a client that closes its socket looks like one that only shut its sending side, until it
 resets what we write. So after an end of file the answer goes on, and `http.disconnect` comes once a chunk (or a ping)
-was written and reset: `peer_check_seconds` later at most. If nothing is written, it comes when the peer's kernel has
+was written and reset: `peer_check_seconds` later at most. So something that clients skip is written at the end of file
+where the answer allows it (`GatewayCycle.provoke`). Where nothing is, it comes when the peer's kernel has
 forgotten the connection and resets a keep-alive probe: a good minute on Linux. Elsewhere only a failing write tells.
 """
 
@@ -117,22 +118,12 @@ class GatewayProtocol(HeadReader):
             self._refuse(Refusal(400, "malformed_request", "The request ended before it was complete."))
         elif self._is_answering():
             self.cycle.keep_alive = False
-            self._provoke()
+            if self._running is not None:
+                self._running.provoke()
             self._watch_peer()
         else:
             self._close()
         return True
-
-    def _provoke(self) -> None:
-        """Finds out whether a client that ended its sending side still listens.
-
-        One that has closed its socket looks the same until something is written to it: then its kernel answers with a
-        reset. An interim reply is the one thing that may be written before the answer; 100 is the one that every
-        HTTP/1.1 client skips. Once the answer has begun, its own bytes do this.
-        """
-        running = self._running
-        if running is not None and not running.response_started and running.scope["http_version"] == "1.1":
-            self._outlet.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def shutdown(self) -> None:
         """The server drains: end now if idle, else after the request that is being received or answered."""

@@ -182,6 +182,23 @@ class TestWrites:
             got = await client.read_until(b"3\r\nend\r\n0\r\n\r\n")
             assert len(got) > passed > 65536
 
+    async def test_a_filler_asks_a_client_that_ended_its_sending_side_whether_it_listens(self) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send(start())
+            await send(body(b"1", more=True))
+            scope["extensions"]["gateway.way_out"].filler = b":"
+            await half_closed.wait()
+            await asyncio.sleep(0.05)
+            await send(body(b"2"))
+
+        half_closed = asyncio.Event()
+        async with connected(app) as client:
+            await client.send(GET)
+            await client.read_until(b"1\r\n1\r\n")
+            client.sock.shutdown(socket.SHUT_WR)
+            half_closed.set()
+            assert await client.read_until(b"0\r\n\r\n") == b"1\r\n:\r\n1\r\n2\r\n0\r\n\r\n"
+
     async def test_nothing_is_passed_on_outside_of_an_answer(self) -> None:
         raised: list[str] = []
 

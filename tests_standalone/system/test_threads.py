@@ -179,7 +179,7 @@ async def test_a_client_that_leaves_lets_the_next_one_in(gateway: GatewayProcess
             body = {"model": model, "stream": stream, "conversation_id": f"chat-{stream}-{model}"}
             text = request_bytes("POST", "/v1/chat/completions", body={**body, "messages": [user("one")]})
             seen = len(upstream.tally)
-            _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
             writer.write(text)
             await writer.drain()
 
@@ -187,6 +187,8 @@ async def test_a_client_that_leaves_lets_the_next_one_in(gateway: GatewayProcess
                 return len(upstream.tally) > seen
 
             await eventually(arrived)
+            if stream and model == "hang-mid-stream":
+                await reader.readuntil(b"data: ")
             writer.close()
 
             async def served(body: dict[str, Any] = body) -> bool:
