@@ -12,7 +12,9 @@ from operator import itemgetter
 from gateway.store.database import Value
 
 ROWS_AT_ONCE = 16
-"""How many rows one statement inserts."""
+"""How many rows one statement inserts. It fails where it is (OR FAIL), for what has failed is rolled back as a whole
+anyway; else SQLite would first copy each page that it changes, into a file once they are more than a few. An upsert,
+which may change rows that are there, cannot be told to: those go one by one."""
 
 _PLACE = re.compile(r"\$(\d+)")
 _INSERT = re.compile(
@@ -36,13 +38,14 @@ def statements(sql: str, rows: Sequence[Sequence[Value]]) -> Iterator[tuple[str,
 
 @lru_cache(512)
 def _of_rows(text: str, count: int) -> str | None:
-    """The statement that inserts so many rows; None if it is no INSERT, or one that reads what it inserts."""
+    """The statement that inserts so many rows; None if it is no INSERT, one that reads what it inserts, or an upsert."""
     found = _INSERT.fullmatch(text)
-    if found is None:
+    if found is None or "DO UPDATE" in text:
         return None
+    into = found["into"].replace("INSERT", "INSERT OR FAIL", 1)
     if found["row"] is not None:
-        return f"{found['into']} VALUES {', '.join([found['row']] * count)}{found['rest']}"
-    return f"{found['into']} {' UNION ALL '.join([found['select']] * count)}"
+        return f"{into} VALUES {', '.join([found['row']] * count)}{found['rest']}"
+    return f"{into} {' UNION ALL '.join([found['select']] * count)}"
 
 
 @lru_cache(512)

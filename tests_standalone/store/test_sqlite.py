@@ -275,6 +275,15 @@ async def test_processes_may_make_open_and_close_one_file_at_once(path: Path) ->
     await database.close()
 
 
+async def test_of_rows_that_are_inserted_together_none_stays_if_one_is_refused(notes: SqliteDatabase) -> None:
+    rows = [(str(number), "text") for number in range(40)]
+    for refused in (("39", None), ("0", "twice")):
+        for padding in ("", "x" * CHARACTERS_HERE):  # here and on the thread
+            with pytest.raises(RowRejected):
+                await notes.write([(ADD, [("first", padding)]), (ADD, [*rows, refused])])
+            assert await count(notes) == 0
+
+
 # Ends
 
 
