@@ -46,19 +46,22 @@ class Allowances:
     def __init__(self, default: KeyLimits, gateway_budget: int | None = None, gateway_period: Period = "total") -> None:
         self._default = default
         self._gateway = Account(GATEWAY, budget=gateway_budget, period=gateway_period, seed=None)
-        self._known: dict[tuple[str | None, str, KeyLimits | None], Allowance] = {}
+        self._known: dict[tuple[str | None, str], tuple[KeyLimits | None, Allowance]] = {}
+        """By whose they are, with the limits of its own from which they were made."""
 
     def of(self, caller: Caller, end_user: str | None) -> Allowance:
         own = caller.limits
         if own is not None and own.per_end_user:
             return self._of_end_user(caller, own, end_user)
-        who = (caller.key_id, caller.user_id, own)
-        found = self._known.get(who)
-        if found is None:
-            if len(self._known) >= MOST_KNOWN:
-                self._known.clear()
-            found = self._known[who] = Allowance.of(self._made(_subject(caller), own or _NONE), self._gateway)
-        return found
+        who = (caller.key_id, caller.user_id)
+        known = self._known.get(who)
+        if known is not None and (known[0] is own or known[0] == own):
+            return known[1]
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        made = Allowance.of(self._made(_subject(caller), own or _NONE), self._gateway)
+        self._known[who] = own, made
+        return made
 
     def _of_end_user(self, caller: Caller, own: KeyLimits, end_user: str | None) -> Allowance:
         """Calls that name nobody share one more bucket: no account may have other limits in the same moment."""
@@ -112,21 +115,23 @@ def headers(account: Account, grant: Grant) -> list[tuple[bytes, bytes]]:
 
 def _told(names: tuple[bytes, bytes, bytes], rate: int, capacity: int, level: int) -> Sequence[tuple[bytes, bytes]]:
     limit, remaining, reset = names
-    left, after = max(0, level // UNIT), -((level - capacity * UNIT) // rate)
-    return (limit, b"%d" % capacity), (remaining, b"%d" % left), (reset, duration(after).encode())
+    left = level // UNIT if level > 0 else 0
+    after = duration(-((level - capacity * UNIT) // rate))
+    return (limit, f"{capacity}".encode()), (remaining, f"{left}".encode()), (reset, after.encode())
 
 
 def duration(milliseconds: int) -> str:
     """As OpenAI writes it: `20ms`, `8.64s`, `6m0s`, `1h0m12s`."""
     if milliseconds < 1000:
-        return f"{max(0, milliseconds)}ms"
-    seconds, rest = divmod(milliseconds, 1000)
+        return f"{milliseconds}ms" if milliseconds > 0 else "0ms"
+    seconds, rest = milliseconds // 1000, milliseconds % 1000
+    parts = f".{rest:03}".rstrip("0") if rest else ""
+    if seconds < 60:
+        return f"{seconds}{parts}s"
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
-    told = f"{seconds}.{rest:03}".rstrip("0").rstrip(".") + "s"
-    if hours:
-        return f"{hours}h{minutes}m{told}"
-    return f"{minutes}m{told}" if minutes else told
+    told = f"{minutes}m{seconds}{parts}s"
+    return f"{hours}h{told}" if hours else told
 
 
 def _limits(account: Account) -> bool:

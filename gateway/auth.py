@@ -144,6 +144,12 @@ class Auth:
             raise RateLimited("Too many wrong API keys came from this address.", retry_after=wait, log="wrong keys")
         raise _unknown_key()
 
+    async def recognize(self, found: str) -> Caller | None:
+        """What `identify` gives, for a request like one whose caller it has found by a key of this digest. None: it has
+        to be asked. Raises DatabaseUnavailable."""
+        known = self._keys.found(found, await self._watch.state())
+        return known.caller if known is not None and _opens(found, known.key) else None
+
     async def again(self, caller: Caller, state: KeyState) -> Caller:
         """The same caller under a newer state of the keys. Raises Unauthenticated if its key is not good any more, or
         if it has none and needs one by now, and DatabaseUnavailable."""

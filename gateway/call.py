@@ -96,22 +96,23 @@ class Relay:
 class Call(Generic[R]):
     """One logical request. `route` is the one in use, or the last one that was."""
 
+    route: Route | None = None
+    stopped: StopReason | None = None
+    _running: asyncio.Task[Any] | None = None
+    _committed = False
+    _broken_off = False
+    _interrupted = False
+    _out_of_time = False
+    _stored: StoredCompletion | None = None
+    _timer: asyncio.TimerHandle | None = None
+
     def __init__(self, relay: Relay, job: Job[R]) -> None:
         self.job: Job[R] = job
-        self.route: Route | None = None
-        self.stopped: StopReason | None = None
         self.ticket = Ticket()
         self._relay = relay
         self._meter = Meter(job.request_id, job.caller, job.end_user, job.at, stream=job.request.stream)
         self._name = job.model.name
         self._attempt_started = job.started
-        self._running: asyncio.Task[Any] | None = None
-        self._committed = False
-        self._broken_off = False
-        self._interrupted = False
-        self._out_of_time = False
-        self._stored: StoredCompletion | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
     def status_sent(self) -> None:
         """Our client has a status 200 by now: no attempt may follow."""

@@ -199,8 +199,9 @@ class Catalog:
     def attempts(self, model: Model, operation: str = CHAT) -> list[tuple[str, Route]]:
         """Routes that can do it in the order to try them: by weight at random, then those of the fallbacks; those that
         cool down after all others, the first to recover first. Raises NotFound if none can."""
-        if len(model.routes) == 1 and not model.fallbacks and operation in operations_of(model.routes[0].backend):
-            return [(model.name, model.routes[0])]
+        routes = model.routes
+        if len(routes) == 1 and not model.fallbacks and operation in operations_of(routes[0].backend):
+            return [(model.name, routes[0])]
         order: list[tuple[str, Route]] = []
         for name in (model.name, *model.fallbacks):
             candidate = model if name == model.name else self._known(name)

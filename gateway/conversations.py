@@ -104,8 +104,10 @@ class Conversations:
 
     async def fit(self, talk: Talk | None, request: ChatRequest, model: Model) -> None:
         """Leaves out what of the history the model's window cannot hold."""
+        if talk is None or not talk.history or self._counter is None:
+            return
         size = model.context_window
-        if talk is None or not talk.history or size is None or self._counter is None:
+        if size is None:
             return
         talk.history, talk.omitted_turns = await window.fit(
             talk.history,

@@ -29,12 +29,13 @@ class Drain:
         """While inside, `stop` is called when the time is up (at once if it is already)."""
         return _Entered(self, stop)
 
-    def _enter(self, stop: Callable[[], None]) -> None:
+    def enter(self, stop: Callable[[], None]) -> None:
+        """What `entered` does at first; then `leave` is to follow."""
         if self._cut:
             stop()
         self._running.add(stop)
 
-    def _leave(self, stop: Callable[[], None]) -> None:
+    def leave(self, stop: Callable[[], None]) -> None:
         self._running.discard(stop)
 
 
@@ -46,7 +47,7 @@ class _Entered:
         self._stop = stop
 
     def __enter__(self) -> None:
-        self._drain._enter(self._stop)
+        self._drain.enter(self._stop)
 
     def __exit__(self, *raised: object) -> None:
-        self._drain._leave(self._stop)
+        self._drain.leave(self._stop)

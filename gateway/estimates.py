@@ -33,7 +33,10 @@ def input_tokens(request: ChatRequest | OperationRequest) -> int:
     total = 0
     for message in data["messages"]:
         content = message.get("content")
-        total += AROUND_MESSAGE + (_bytes(content) if type(content) is str else _of_parts(content))
+        if type(content) is str:
+            total += AROUND_MESSAGE + (len(content) if content.isascii() else _bytes(content))
+        else:
+            total += AROUND_MESSAGE + _of_parts(content)
         if len(message) > 2 or "content" not in message:
             total += sum(len(dumps(value)) for key, value in message.items() if key not in _OF_MESSAGE)
     for key in _ALSO_READ:

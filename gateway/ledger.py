@@ -169,9 +169,10 @@ class Ledger:
             raise NotRecorded(log="the ledger takes no more turns")
         loop = self._loop
         turn.waiter, turn.give_up_at = loop.create_future(), loop.time() + DEADLINE
+        if not self._waiting:  # else the committer is awake
+            self._wake.set()
         self._waiting.append(turn)
         self._waiting_bytes += size
-        self._wake.set()
         if self._timer is None:
             self._timer = loop.call_at(turn.give_up_at, self._tell_late_ones)
         return turn.waiter
@@ -338,21 +339,21 @@ def _size(turn: Turn) -> int:
     size = 0 if turn.stored is None else turn.stored.size
     if turn.conversation is not None:
         for message in turn.conversation.messages or ():
-            size += len(message.content)
-            if message.extra is not None:
-                size += len(message.extra)
+            size += len(message.content) + len(message.extra or "")
     return size
 
 
 def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
     totals: dict[str, SessionTotals] = {}
     for turn in turns:
-        if turn.session_id is None:
+        session_id = turn.session_id
+        if session_id is None:
             continue
-        total = totals.get(turn.session_id)
+        total = totals.get(session_id)
         if total is None:
-            total = totals[turn.session_id] = SessionTotals(turn.session_id)
-        total.conversations += turn.is_new and not turn.is_named
+            total = totals[session_id] = SessionTotals(session_id)
+        if turn.is_new and not turn.is_named:
+            total.conversations += 1
         total.tokens += turn.tokens_output
         total.cost_nanousd += turn.cost_nanousd
         if turn.at > total.last_activity:
@@ -363,16 +364,17 @@ def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
 def _settle(turn: Turn, failure: NotRecorded | None) -> None:
     turn.settled = True
     waiter = turn.waiter
-    if waiter is not None and not waiter.done():
-        _tell(waiter, failure)
-
-
-def _tell(waiter: asyncio.Future[None], failure: NotRecorded | None) -> None:
+    if waiter is None or waiter.done():
+        return
     if failure is None:
         waiter.set_result(None)
     else:
-        waiter.set_exception(failure)
-        waiter.exception()  # marks it as seen: a waiter that has left must not make the loop complain
+        _tell(waiter, failure)
+
+
+def _tell(waiter: asyncio.Future[None], failure: NotRecorded) -> None:
+    waiter.set_exception(failure)
+    waiter.exception()  # marks it as seen: a waiter that has left must not make the loop complain
 
 
 def _figures(turn: Turn) -> str:

@@ -322,10 +322,15 @@ def _take(claim: Claim, account: Account, state: State) -> None:
 def held(claim: Claim, account: Account, grant: Grant, place: int, worker: str) -> Settlement:
     """What a granted claim holds of an account (the one at `place` of the claim's), as a settlement of a call that used
     nothing."""
+    return taken(account, claim.tokens, claim.cost, grant.periods[place], worker)
+
+
+def taken(account: Account, tokens: int, cost: int, period: int, worker: str) -> Settlement:
+    """The same of a call with so many tokens and that cost, in the period that it was granted in."""
     subject, _, _, rate, capacity, parallel, budget, _, _ = account
     slots = 0 if parallel is None else 1
-    tokens = 0 if rate is None else min(claim.tokens, capacity)
-    return Settlement(subject, worker, slots, tokens, 0, 0 if budget is None else claim.cost, 0, grant.periods[place])
+    tokens = 0 if rate is None else tokens if tokens < capacity else capacity
+    return Settlement(subject, worker, slots, tokens, 0, 0 if budget is None else cost, 0, period)
 
 
 def summed(settlements: Iterable[Settlement]) -> list[Settlement]:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
+from operator import attrgetter
 from threading import get_ident
 from typing import Any, Literal, TextIO
 
@@ -79,18 +80,13 @@ def _only_handler() -> GatheringHandler | None:
     handlers = access_log.root.handlers
     if len(handlers) != 1 or type(handler := handlers[0]) is not GatheringHandler:
         return None
-    changed = (
-        handler.filters
-        or handler.level > logging.INFO
-        or type(handler.formatter) not in _FORMATTERS
-        or access_log.filters
-        or access_log.handlers
-        or gateway_log.handlers
-        or not access_log.propagate
-        or not gateway_log.propagate
-        or logging.getLogRecordFactory() is not logging.LogRecord
+    usual = (
+        _of_handler(handler) in _USUAL_HANDLERS
+        and _of_logger(access_log) == _USUAL_LOGGER
+        and _of_logger(gateway_log)[1:] == _USUAL_LOGGER[1:]
+        and logging.getLogRecordFactory() is logging.LogRecord
     )
-    return None if changed else handler
+    return handler if usual else None
 
 
 class JSONFormatter(logging.Formatter):
@@ -193,7 +189,13 @@ class GatheringHandler(logging.StreamHandler[TextIO]):
         self._waiting, self._thread = [], 0
 
 
-_FORMATTERS = (JSONFormatter, TextFormatter)
+_of_handler = attrgetter("filters", "level", "formatter.__class__")
+_USUAL_HANDLERS: tuple[tuple[object, ...], ...] = (
+    ([], logging.NOTSET, JSONFormatter),
+    ([], logging.NOTSET, TextFormatter),
+)
+_of_logger = attrgetter("filters", "handlers", "propagate")
+_USUAL_LOGGER: tuple[object, ...] = ([], [], True)
 
 
 def configure(kind: Format, level: str) -> None:

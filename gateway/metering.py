@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from gateway.auth import Caller
@@ -41,6 +42,12 @@ def told_tier(told: object) -> str | None:
     return told if isinstance(told, str) else None
 
 
+@lru_cache(1024)
+def _clean_name(model: str) -> str:
+    """Once for each model: it comes with every call."""
+    return clean(model)
+
+
 class Meter:
     """Counts the attempts of one logical request. `at` is in milliseconds (UTC)."""
 
@@ -50,7 +57,7 @@ class Meter:
         self._caller = caller
         self._end_user = clean(end_user)
         self._at = at
-        self._stream = stream
+        self._stream = int(stream)
 
     def row(self, route: Route, model: str, outcome: Outcome, started: float, *, charged: bool) -> UsageRow:
         """The row of the attempt that began at `started` (perf_counter) and is now over; kept in `rows`."""
@@ -63,11 +70,11 @@ class Meter:
         row = UsageRow(
             f"use_{ordered_hex()}", self._request_id, len(self.rows) + 1, self._at,
             caller.user_id, caller.key_id, self._end_user, None, None,
-            route.backend.name, clean(model), clean(route.upstream_model),
+            route.backend.name, _clean_name(model), _clean_name(route.upstream_model),
             usage.input_tokens, usage.cached_tokens, usage.cache_write_tokens, usage.audio_input_tokens,
             usage.output_tokens, usage.reasoning_tokens, usage.audio_output_tokens, outcome.counted_by,
-            None if price is None else price.to_json(), int(unknown), cost, int(charged),
-            outcome.status, clean(outcome.finish_reason), int(self._stream), outcome.ended_by,
+            None if price is None else price.to_json(), 1 if unknown else 0, cost, 1 if charged else 0,
+            outcome.status, clean(outcome.finish_reason), self._stream, outcome.ended_by,
             outcome.ttft_ms, milliseconds_since(started),
             usage.image_input_tokens, usage.image_output_tokens, usage.cache_write_1h_tokens,
         )  # fmt: skip
@@ -88,14 +95,17 @@ class Meter:
 
 def timings(outcome: Outcome, row: UsageRow) -> dict[str, float | int]:
     """llama.cpp's figures, as far as they can be told from outside: tokens, milliseconds, tokens per second."""
-    predicted_ms = max(1, row.duration_ms - (outcome.ttft_ms or 0))
+    prompt_ms, predicted_n = outcome.ttft_ms, row.output_tokens
+    predicted_ms = row.duration_ms - (prompt_ms or 0)
+    if predicted_ms < 1:
+        predicted_ms = 1
     found: dict[str, float | int] = {"cache_n": row.cached_tokens, "prompt_n": row.input_tokens}
-    if outcome.ttft_ms is not None:
-        found["prompt_ms"] = outcome.ttft_ms
-        found["prompt_per_second"] = _rate(row.input_tokens, outcome.ttft_ms)
-    found["predicted_n"] = row.output_tokens
+    if prompt_ms is not None:
+        found["prompt_ms"] = prompt_ms
+        found["prompt_per_second"] = _rate(row.input_tokens, prompt_ms)
+    found["predicted_n"] = predicted_n
     found["predicted_ms"] = predicted_ms
-    found["predicted_per_second"] = _rate(row.output_tokens, predicted_ms)
+    found["predicted_per_second"] = _rate(predicted_n, predicted_ms)
     return found
 
 
@@ -104,4 +114,4 @@ def milliseconds_since(started: float) -> int:
 
 
 def _rate(tokens: int, milliseconds: int) -> float:
-    return round(tokens * 1000 / max(1, milliseconds), 2)
+    return round(tokens * 1000 / (milliseconds if milliseconds > 1 else 1), 2)

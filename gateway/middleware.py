@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
 
@@ -18,7 +18,18 @@ from gateway import logs
 from gateway.addresses import client_address
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
 from gateway.ids import ordered_hex
-from gateway.responses import Header, Message, Receive, Scope, Send, error_body, send_error
+from gateway.responses import (
+    Header,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    SendWhole,
+    error_body,
+    send_error,
+    send_whole,
+    whole_way,
+)
 
 log = logging.getLogger("gateway")
 
@@ -80,7 +91,7 @@ class CORS:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
             return self._app(scope, receive, send)
-        origin = header(scope, b"origin")
+        origin = headers_by_name(scope).get(b"origin")
         if origin is None and scope["method"] != "OPTIONS":
             return self._app(scope, receive, send)
         if not (self._origins and one_path(scope["path"]).startswith("/v1")):
@@ -125,6 +136,44 @@ class RequestMetrics(Protocol):
     def request_ended(self, route: str, method: str, status: int, seconds: float, *, streamed: bool) -> None: ...
 
 
+class _Answer:
+    """The `send` of a request: the answer gets its id, and `state` and `metrics` hear that it has begun."""
+
+    __slots__ = ("_id_header", "_metrics", "_send", "_state", "_whole", "streamed")
+
+    def __init__(
+        self,
+        send: Send,
+        whole: SendWhole | None,
+        state: MutableMapping[str, Any],
+        id_header: Header,
+        metrics: RequestMetrics | None,
+    ) -> None:
+        self._send = send
+        self._whole = whole
+        self._state = state
+        self._id_header = id_header
+        self._metrics = metrics
+        self.streamed = False
+
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self._state["status"] = message["status"]
+            headers = message["headers"]
+            message["headers"] = [*headers, self._id_header]
+            if self._metrics is not None and _is_event_stream(headers):
+                self.streamed = True
+                self._metrics.stream_begun()
+        return self._send(message)
+
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> Awaitable[None]:
+        """Of an answer that is no stream of events."""
+        if self._whole is None:
+            return send_whole(self, status, headers, body)
+        self._state["status"] = status
+        return self._whole(status, [*headers, self._id_header], body)
+
+
 class Observed:
     """Gives every request an id and a line in the access log: method, path, status, time. Never the query string,
     a header that could hold a secret, or a word of a prompt. `X-Forwarded-For` counts only from `trusted_proxies`.
@@ -140,40 +189,27 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = header(scope, b"x-request-id")
-        safe = given is not None and _SAFE_REQUEST_ID.fullmatch(given)
-        request_id = given.decode() if given is not None and safe else _new_id()
+        given = headers_by_name(scope).get(b"x-request-id")
+        request_id = _new_id() if given is None or not _SAFE_REQUEST_ID.fullmatch(given) else given.decode()
         started = time.perf_counter()
         state = scope["state"]
         state["request_id"] = request_id
-        streamed = False
-        id_header = (b"x-request-id", request_id.encode())
         metrics: RequestMetrics | None = state.get("metrics")
-
-        def send_with_id(message: Message) -> Awaitable[None]:
-            nonlocal streamed
-            if message["type"] == "http.response.start":
-                state["status"] = message["status"]
-                headers = message["headers"]
-                message["headers"] = [*headers, id_header]
-                if metrics is not None and _is_event_stream(headers):
-                    streamed = True
-                    metrics.stream_begun()
-            return send(message)
-
+        id_header = (b"x-request-id", request_id.encode())
+        answer = _Answer(send, whole_way(scope, send), state, id_header, metrics)
         if metrics is not None:
             metrics.request_begun()
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, answer)
         except Exception as raised:
-            await self._answer_failure(raised, scope, send_with_id)
+            await self._answer_failure(raised, scope, answer)
         finally:
             seconds = time.perf_counter() - started
             status = 499 if state.get("client_left") else state.get("status", 499)
             if metrics is not None:
                 route = scope.get("route")
                 metrics.request_ended(
-                    "" if route is None else route.path, scope["method"], status, seconds, streamed=streamed
+                    "" if route is None else route.path, scope["method"], status, seconds, streamed=answer.streamed
                 )
             logs.access(
                 request_id, scope["method"], scope["path"], status, seconds,

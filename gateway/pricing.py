@@ -109,6 +109,8 @@ class Price:
         cached, written, lasting = usage.cached_tokens, usage.cache_write_tokens, usage.cache_write_1h_tokens
         heard, seen = usage.audio_input_tokens, usage.image_input_tokens
         thought, spoken, drawn = usage.reasoning_tokens, usage.audio_output_tokens, usage.image_output_tokens
+        if not (cached or written or lasting or heard or seen or thought or spoken or drawn):
+            return [(usage.input_tokens, self.input), (usage.output_tokens, self.output)]
         billed = [
             (max(0, usage.input_tokens - cached - written - heard - seen), self.input),
             (max(0, usage.output_tokens - thought - spoken - drawn), self.output),

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from gateway.backends.base import ChunkStream
-from gateway.call import Call, Job, Relay, Reply, backend_failed, cut_short
+from gateway.call import Call, Reply, backend_failed, cut_short
 from gateway.catalog import Route
 from gateway.errors import GatewayError, UpstreamError
 from gateway.metering import Outcome, milliseconds_since, timings, told_tier
@@ -101,14 +101,12 @@ class Exchange(Call[ChatRequest]):
 class StreamExchange(Exchange):
     """A streamed exchange. `open` once, then `read` until `ended`; every call gives the bytes that may leave."""
 
-    def __init__(self, relay: Relay, job: Job[ChatRequest]) -> None:
-        super().__init__(relay, job)
-        self.ended = False
-        self._stream: ChunkStream | None = None
-        self._editor: ChatStream
-        self._ttft_ms: int | None = None
-        self._seen_when_left = 0
-        self._closing: asyncio.Task[None] | None = None
+    ended = False
+    _editor: ChatStream
+    _stream: ChunkStream | None = None
+    _ttft_ms: int | None = None
+    _seen_when_left = 0
+    _closing: asyncio.Task[None] | None = None
 
     async def open(self) -> bytes:
         """The first bytes, once the first chunk has come. Raises GatewayError, recorded."""
@@ -263,9 +261,11 @@ class StreamExchange(Exchange):
         return kept if any(value for key, value in kept.items() if key != "role") else None
 
     async def _stream_outcome(self) -> Outcome:
-        answers = [self._editor.answer.message(index) for index in self._editor.answer.indexes]
-        outcome = await self._outcome(self._editor.usage, answers, self._editor.finish_reason)
-        outcome.service_tier = self._editor.service_tier
+        editor = self._editor
+        told, answer = editor.usage, editor.answer
+        answers = [answer.message(index) for index in answer.indexes] if told is None else []  # to be estimated
+        outcome = await self._outcome(told, answers, editor.finish_reason)
+        outcome.service_tier = editor.service_tier
         outcome.ttft_ms = self._ttft_ms
         return outcome
 

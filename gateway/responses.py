@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -30,6 +30,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
+SendWhole = Callable[[int, Sequence[Header], bytes], Awaitable[None]]
+"""Status, headers and body of an answer that is there in one piece. A `send` may have it as its attribute `whole`."""
 
 PING_SECONDS = 15.0
 JSON_TYPE: Header = (b"content-type", b"application/json")
@@ -39,11 +41,15 @@ EVENT_STREAM: Header = (b"content-type", b"text/event-stream; charset=utf-8")
 STREAM_HEADERS: Sequence[Header] = (NO_STORE, VARY, (b"x-accel-buffering", b"no"))
 
 
-async def send_json(send: Send, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+def send_json(send: Send, status: int, body: bytes, headers: Sequence[Header] = ()) -> Awaitable[None]:
     """A JSON reply. An own `content-type` or `cache-control` in `headers` is not expected."""
-    length = (b"content-length", b"%d" % len(body))
-    own = [JSON_TYPE, length, NO_STORE, VARY]
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    told = [JSON_TYPE, (b"content-length", b"%d" % len(body)), NO_STORE, VARY, *headers]
+    whole: SendWhole | None = getattr(send, "whole", None)
+    return send_whole(send, status, told, body) if whole is None else whole(status, told, body)
+
+
+async def send_whole(send: Send, status: int, headers: Sequence[Header], body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -95,7 +101,8 @@ def at_hand(receive: Receive) -> bytes | None:
 
 
 class WayOut(Protocol):
-    """Takes pieces of a body without a task that sends, between the first and the last that `send` takes."""
+    """Takes pieces of a body without a task that sends, between the first and the last that `send` takes; or the whole
+    answer."""
 
     passed_at: float
     """When a piece was passed on, by the loop's clock."""
@@ -108,11 +115,33 @@ class WayOut(Protocol):
         """False: the client takes no more at the moment, so the next one is to be sent. True, and nothing done, once it
         is gone."""
 
+    notes: dict[str, Any]
+    """What the application has found out from the head, for later requests of the connection that differ in nothing but
+    the length and the content of their body: they have the same notes."""
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """What the application is given as `send`, if nobody has wrapped it."""
+
+    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> Awaitable[None]:
+        """What `send` does with the two messages of an answer."""
+
 
 def way_out(scope: Scope) -> WayOut | None:
     """What our own server offers."""
-    found: WayOut | None = scope.get("extensions", {}).get("gateway.way_out")
-    return found
+    extensions: Mapping[str, Any] | None = scope.get("extensions")
+    return None if extensions is None else extensions.get("gateway.way_out")
+
+
+def notes(scope: Scope) -> dict[str, Any]:
+    """See `WayOut`. Of another server: for this request only."""
+    out = way_out(scope)
+    return {} if out is None else out.notes
+
+
+def whole_way(scope: Scope, send: Send) -> SendWhole | None:
+    """Of our own server, where `send` is its own and not a wrapped one."""
+    out = way_out(scope)
+    return out.whole if out is not None and send == out.send else None
 
 
 async def _tell_when_gone(receive: Receive, gone: Callable[[], None]) -> None:
@@ -159,10 +188,12 @@ class StreamResponse:
     async def __call__(self, receive: Receive, send: Send) -> None:
         self._send = send
         forget = when_gone(receive, self._client_left)
+        stop = self._interrupt
         try:
-            with self._drain.entered(self._interrupt):
-                await self._run()
+            self._drain.enter(stop)
+            await self._run()
         finally:
+            self._drain.leave(stop)
             self._done = True
             forget()
             if self._ping_timer is not None:

@@ -4,7 +4,8 @@ Rules of the answer:
 
 * What is sent, the head too, leaves once the loop has run what is ready: together with what follows it, and behind the
   answers to others (`outbox`). Before it is taken, `send` waits while the peer has not taken what was written earlier.
-* `pass_on`, offered by the scope's extension `gateway.way_out`, takes pieces of a body without a task that sends.
+* The scope's extension `gateway.way_out` offers `pass_on`, which takes pieces of a body without a task that sends, and
+  `whole`, which takes an answer that is there in one piece.
 * An application that returns before the end of its answer means it: what it wrote is sent, the closing chunk is not.
 * A body of the request that nobody waited for ends the connection.
 
@@ -19,7 +20,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent, HTTPScope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(rb'[^\x00-\x1f\x7f()<>@,;:\\\[\]={} \t"]++')
 _IN_NO_VALUE = bytes({*range(0x20), 0x7F} - {0x09})
 _MOST_NAMES = 256
+_MOST_IN_ONE = 64 * 1024
+"""Bytes of a body that are copied to leave with the head."""
 _names: set[bytes] = set()
 """Of headers, those that were told before: sound and in lower case."""
 
@@ -65,6 +68,19 @@ SENT = cast("Awaitable[None]", _Sent())
 class GatewayCycle:
     """`on_response` is called when the answer is complete. To call it is the application's `receive`."""
 
+    more_body = True
+    disconnected = False
+    response_started = False
+    response_complete = False
+    passed_at = 0.0
+    filler = b""
+    _body_size = 0
+    _news = False  # since the last `receive`
+    _wake: asyncio.Event | None = None
+    _gone: Callable[[], None] | None = None
+    _chunked = False  # as long as chunks may be written
+    _left: int | None = 0  # bytes that the answer's body still has to have; None: as many as come
+
     def __init__(
         self,
         scope: HTTPScope,
@@ -73,6 +89,7 @@ class GatewayCycle:
         loop: asyncio.AbstractEventLoop,
         default_headers: Iterable[Header],
         on_response: Callable[[], None],
+        notes: dict[str, Any],
         *,
         expect_100_continue: bool,
         keep_alive: bool,
@@ -80,24 +97,13 @@ class GatewayCycle:
         self.scope = scope
         self.transport = transport
         self.flow = flow
+        self.notes = notes
         self.keep_alive = keep_alive
-        self.more_body = True
-        self.disconnected = False
-        self.response_started = False
-        self.response_complete = False
-        self.passed_at = 0.0
-        self.filler = b""
         self._loop = loop
         self._default_headers = default_headers
         self._on_response = on_response
         self._expects_100_continue = expect_100_continue
         self._body: list[bytes] = []
-        self._body_size = 0
-        self._news = False  # since the last `receive`
-        self._wake: asyncio.Event | None = None
-        self._gone: Callable[[], None] | None = None
-        self._chunked = False
-        self._left: int | None = 0  # bytes that the answer's body still has to have; None: as many as come
 
     async def run_asgi(self, app: ASGI3Application) -> None:
         self.scope["extensions"] = {"gateway.way_out": self}  # type: ignore[dict-item]  # no settings, an object
@@ -130,8 +136,7 @@ class GatewayCycle:
         body = error_body(message, kind, code)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         headers.append((b"connection", b"close"))
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+        await self.whole(status, headers, body)
 
     # -- the request -----------------------------------------------------------------------------------------------
 
@@ -146,11 +151,16 @@ class GatewayCycle:
         self.more_body = False
         self._tell()
 
+    def arrived_whole(self, body: bytes) -> None:
+        self.more_body = False
+        self.body_arrived(body)
+
     def disconnect(self) -> None:
         """The client is gone, or this request will not be complete. Does nothing once the answer is."""
         if self.response_complete or self.disconnected:
             return
         self.disconnected = True
+        self._chunked = False
         self._tell()
         if self._gone is not None:
             self._loop.call_soon(self._call_gone)
@@ -227,22 +237,39 @@ class GatewayCycle:
         if message["type"] == "http.response.body" and self.response_started and not self.response_complete:
             self._write(message.get("body", b""), message.get("more_body", False))
         elif message["type"] == "http.response.start" and not self.response_started:
-            self._begin(message["status"], message.get("headers", ()))
+            self.transport.write_soon(self._head(message["status"], message.get("headers", ())))
         else:
             raise RuntimeError(f"{message['type']!r} was sent out of turn, or after the end of the answer.")
+
+    def whole(self, status: int, headers: Iterable[Header], body: bytes) -> Awaitable[None]:
+        """All of an answer: what `send` does with its two messages."""
+        if self.response_started or self.disconnected or self.flow.write_paused or len(body) > _MOST_IN_ONE:
+            return self._in_two(status, headers, body)
+        head = self._head(status, headers)
+        self.transport.write_soon(head + self._framed(body, more=False))
+        self._complete()
+        return SENT
+
+    async def _in_two(self, status: int, headers: Iterable[Header], body: bytes) -> None:
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
     def pass_on(self, data: bytes) -> bool:
         """A piece of the body, between the first and the last that `send` takes. False: the peer takes no more at the
         moment, so the next one is to be `send`."""
+        if not (self._chunked and data):
+            return self._pass_unchunked(data)
+        self.passed_at = self._loop.time()
+        self.transport.write_soon(_SIZE_LINES[len(data)] + data + b"\r\n")
+        return not self.flow.write_paused
+
+    def _pass_unchunked(self, data: bytes) -> bool:
         if self.disconnected:
             return True
         if not self.response_started or self.response_complete:
             raise RuntimeError("A piece of a body was passed on before or after its answer.")
         self.passed_at = self._loop.time()
-        if self._chunked and data:
-            self.transport.write_soon(_SIZE_LINES[len(data)] + data + b"\r\n")
-        else:
-            self._write(data, more=True)
+        self._write(data, more=True)
         return not self.flow.write_paused
 
     def provoke(self) -> None:
@@ -255,7 +282,8 @@ class GatewayCycle:
         elif self.filler and not self.flow.write_paused:
             self.pass_on(self.filler)
 
-    def _begin(self, status: int, headers: Iterable[Header]) -> None:
+    def _head(self, status: int, headers: Iterable[Header]) -> bytes:
+        """With it the answer has begun."""
         self.response_started = True
         self._expects_100_continue = False
         told = [*self._default_headers, *headers]
@@ -266,7 +294,7 @@ class GatewayCycle:
         lines = b"\r\n".join([*map(b": ".join, told), b""])
         if len(lines) - len(lines.translate(None, _IN_NO_VALUE)) != 2 * len(told):
             raise _unsound()
-        self.transport.write_soon(b"".join([STATUS_LINE[status], lines, self._frame(status, framing), b"\r\n"]))
+        return b"".join([STATUS_LINE[status], lines, self._frame(status, framing), b"\r\n"])
 
     def _frame(self, status: int, told: dict[bytes, bytes]) -> bytes:
         """Settles how the body is framed and whether the connection goes on. Gives the lines that nobody told."""
@@ -288,16 +316,17 @@ class GatewayCycle:
         return untold
 
     def _write(self, body: bytes, more: bool) -> None:
-        if self._chunked:
-            data = _SIZE_LINES[len(body)] + body + b"\r\n" if body else b""
-            if not more:
-                data += b"0\r\n\r\n"
-        else:
-            data = self._counted(body)
+        data = self._framed(body, more)
         if data:
             self.transport.write_soon(data)
         if not more:
             self._complete()
+
+    def _framed(self, body: bytes, more: bool) -> bytes:
+        if not self._chunked:
+            return self._counted(body)
+        data = _SIZE_LINES[len(body)] + body + b"\r\n" if body else b""
+        return data if more else data + b"0\r\n\r\n"
 
     def _counted(self, body: bytes) -> bytes:
         if self.scope["method"] == "HEAD":
@@ -313,6 +342,7 @@ class GatewayCycle:
         if self._left:
             raise RuntimeError("The answer's body is shorter than its Content-Length.")
         self.response_complete = True
+        self._chunked = False
         self._tell()
         if not self._goes_on():
             self.transport.close()

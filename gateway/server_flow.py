@@ -43,7 +43,7 @@ class Outlet:
         self._outbox = outbox
         self._leave = leave
         self._held: list[bytes] = []
-        self._size = 0
+        self._size = 0  # of what is held, if anything is
         self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
@@ -56,11 +56,13 @@ class Outlet:
 
     def write_soon(self, data: bytes) -> None:
         """Together with what others write now; at once if it is much."""
-        held = self._held
-        if not held:
+        held, size = self._held, len(data)
+        if held:
+            size += self._size
+        else:
             self._outbox.add(self)
         held.append(data)
-        size = self._size = self._size + len(data)
+        self._size = size
         if size > _MOST_HELD:
             self.flush()
 
@@ -68,14 +70,14 @@ class Outlet:
         """Drops what is held if the connection was reset by the peer in this turn of the loop, or broken off by us."""
         held = self._held
         if len(held) == 1:
-            self._size, data = 0, held.pop()
+            data = held.pop()
             if not self.is_closing():
                 self._transport.write(data)
         elif held:
             self._flush_many(held)
 
     def _flush_many(self, held: list[bytes]) -> None:
-        size, self._held, self._size = self._size, [], 0
+        size, self._held = self._size, []
         if self.is_closing():
             return
         if size > _MOST_HELD:
@@ -90,7 +92,7 @@ class Outlet:
     def let_go(self) -> None:
         """The connection is lost. Without this, it and its last request would wait for the collector of cycles."""
         self._leave = _nothing
-        self._held, self._size = [], 0
+        self._held = []
 
 
 def _nothing() -> None:

@@ -12,21 +12,28 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
+from typing import Any
 from urllib.parse import unquote
 
 import httptools
+from uvicorn._types import HTTPScope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 __all__ = [
+    "MOST_REMEMBERED",
     "HeadReader",
     "Refusal",
+    "SameHead",
     "check_head",
     "error_body",
     "expects_continue",
-    "head_too_large",
     "path_of",
     "refused",
 ]
+
+MOST_REMEMBERED = 4 * 1024
+"""Bytes of a head that is kept to know the next one by it."""
+_MOST_DIGITS = 8
 
 Header = tuple[bytes, bytes]
 _name_of = itemgetter(0)
@@ -51,6 +58,9 @@ class HeadReader(HttpToolsProtocol):
 
     _in_body: bool
     """Is a body being received? A header is a trailer then."""
+
+    def _too_large(self) -> Refusal:
+        return head_too_large(self.max_head)
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -125,6 +135,55 @@ def _parsed(url: bytes) -> tuple[str, bytes, bytes]:
 
 _USUAL_URL = 128
 _path_of_usual = lru_cache(maxsize=64)(_parsed)  # what stands behind a path may be a secret
+
+
+class SameHead:
+    """The head of a request, to know by it those of its connection that differ from it in nothing but the length of
+    their body. `scope` is what it says but for its headers; `notes` are the application's."""
+
+    __slots__ = ("_after", "_before", "_headers", "_place", "_start", "notes", "scope")
+
+    def __init__(
+        self, before: bytes, after: bytes, headers: list[Header], place: int, scope: HTTPScope, notes: dict[str, Any]
+    ) -> None:
+        self._before, self._start, self._after = before, len(before), after
+        self._headers, self._place = headers, place
+        self.scope = scope
+        self.notes = notes
+
+    @classmethod
+    def of(cls, data: bytes, headers: list[Header], scope: HTTPScope, notes: dict[str, Any]) -> SameHead | None:
+        """Of a request that the parser has taken, alone in this read. None: its head is too long to be kept, or there
+        is more than one way to write it down."""
+        end = data.find(b"\r\n\r\n", 0, MOST_REMEMBERED) + 4
+        names = [*map(_name_of, headers)]
+        if names.count(b"content-length") != 1 or b"expect" in names or b"transfer-encoding" in names:
+            return None
+        place = names.index(b"content-length")
+        length = headers[place][1]
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        before = b"".join(lines[:place]) + b"content-length: "
+        after = b"\r\n" + b"".join([*lines[place + 1 :], b"\r\n"])
+        first = data.find(b"\r\n") + 2
+        start = first + len(before)
+        if data[first:end].lower() != (before + length + after).lower():
+            return None
+        if not length.isdigit() or int(length) != len(data) - end:
+            return None
+        return cls(data[:start], data[start + len(length) : end], headers.copy(), place, scope, notes)
+
+    def told_by(self, data: bytes) -> tuple[list[Header], bytes] | None:
+        """The headers and the body, if these are the bytes of one more request with this head."""
+        start, after = self._start, self._after
+        end = data.find(b"\r", start, start + _MOST_DIGITS + 1)
+        if end < 0 or not data.startswith(self._before):
+            return None
+        length, body = data[start:end], data[end + len(after) :]
+        if not length.isdigit() or not data.startswith(after, end) or int(length) != len(body):
+            return None
+        headers = self._headers.copy()
+        headers[self._place] = (b"content-length", length)
+        return headers, body
 
 
 def head_too_large(max_head: int) -> Refusal:

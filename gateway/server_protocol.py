@@ -38,7 +38,7 @@ from uvicorn.server import ServerState
 from gateway.server_cycle import GatewayCycle
 from gateway.server_deadlines import TCP_CLOSED, IdleDeadline, WriteDeadline, tcp_progress
 from gateway.server_flow import GatewayFlow, Outlet, outbox_of
-from gateway.server_head import HeadReader, Refusal, check_head, expects_continue, head_too_large, path_of, refused
+from gateway.server_head import HeadReader, Refusal, SameHead, check_head, expects_continue, path_of, refused
 
 __all__ = ["GatewayProtocol"]
 
@@ -53,6 +53,7 @@ class GatewayProtocol(HeadReader):
     max_pipelined = 256
     write_buffer = 64 * 1024
     linger_bytes = 256 * 1024
+    heads_to_remember = 3  # of a connection, not the first one, which may be the only one
 
     head_seconds = 20.0
     body_seconds = 30.0
@@ -72,6 +73,8 @@ class GatewayProtocol(HeadReader):
         self.app = getattr(self.app, "http_app", self.app)  # what answers requests, where an application has it apart
         self._running: GatewayCycle | None = None  # whose application runs; `cycle` is the one being received
         self._in_body = False
+        self._same: SameHead | None = None
+        self._to_remember = self.heads_to_remember
         self._undelivered = 0  # bytes since the parser last finished a request or handed out a piece of a body
         self._to_discard: int | None = None  # once set, what arrives is dropped, and read up to this many bytes
         self._last_words: bytes | None = None  # a refusal that waits for the answers before it
@@ -184,6 +187,9 @@ class GatewayProtocol(HeadReader):
                 self.flow.pause_reading()
             return
         self._idle.end()
+        between = not (self._undelivered or self._in_body)
+        if between and self._same is not None and self._begin_again(self._same, data):
+            return
         self._undelivered += len(data)
         try:
             self._feed(data)
@@ -195,6 +201,23 @@ class GatewayProtocol(HeadReader):
             return
         if self._in_body or self._undelivered or self._expected is not None:
             self._watch_input()
+        elif between and self._to_remember and self.cycle.keep_alive:
+            self._to_remember -= 1
+            scope = self._new_scope(self.parser.get_method(), self.parser.get_http_version())
+            self._same = SameHead.of(data, self.headers, scope, self.cycle.notes) or self._same
+
+    def _begin_again(self, same: SameHead, data: bytes) -> bool:
+        """A request, without the parser, if its head says what that one has said."""
+        told = None if self._is_answering() else same.told_by(data)
+        if told is None:
+            return False
+        headers, body = told
+        self._expect_nothing()
+        self.scope = {**same.scope, "headers": headers, "state": self.app_state.copy()}
+        self.cycle = self._new_cycle(not self._draining, False, same.notes)
+        self.cycle.arrived_whole(body)
+        self._start_asgi_task(self.cycle, self.app)
+        return True
 
     def on_message_begin(self) -> None:
         self._undelivered = self._undelivered or 1  # the rest of a read that completed the request before
@@ -210,7 +233,8 @@ class GatewayProtocol(HeadReader):
             raise Refusal(400, "too_many_requests_queued", "Too many requests were sent before the first answer.")
         self.scope = self._new_scope(method, version)
         self._in_body = True
-        self.cycle = self._new_cycle(version)
+        keep_alive = version == "1.1" and not self._draining and self.parser.should_keep_alive()
+        self.cycle = self._new_cycle(keep_alive, expects_continue(self.headers), {})
         if self._is_answering():
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
@@ -235,7 +259,7 @@ class GatewayProtocol(HeadReader):
             "query_string": query,
         }
 
-    def _new_cycle(self, version: str) -> GatewayCycle:
+    def _new_cycle(self, keep_alive: bool, expect_100_continue: bool, notes: dict[str, Any]) -> GatewayCycle:
         return GatewayCycle(
             self.scope,
             self._outlet,
@@ -243,8 +267,9 @@ class GatewayProtocol(HeadReader):
             self.loop,
             self.server_state.default_headers,
             self.on_response_complete,
-            expect_100_continue=expects_continue(self.headers),
-            keep_alive=version == "1.1" and not self._draining and self.parser.should_keep_alive(),
+            notes,
+            expect_100_continue=expect_100_continue,
+            keep_alive=keep_alive,
         )
 
     def on_body(self, body: bytes) -> None:
@@ -265,7 +290,7 @@ class GatewayProtocol(HeadReader):
     def _watch_input(self) -> None:
         """Looks at what the parser has not delivered yet: its size, and what has to come next in time."""
         if self._undelivered > self.max_head:
-            self._refuse(head_too_large(self.max_head))
+            self._refuse(self._too_large())
         elif self._in_body:
             self._last_byte = time.monotonic()
             if self._expected != "body":

@@ -88,7 +88,7 @@ class _Slice:
         _, request_rate, _, token_rate, capacity, parallel, budget, _, _ = self.account
         return (
             (request_rate is None or self.requests > 0)
-            and (token_rate is None or self.tokens >= min(tokens, capacity))
+            and (token_rate is None or self.tokens >= tokens or self.tokens >= capacity)
             and (parallel is None or self.slots > 0)
             and (budget is None or self.cost >= cost)
         )
@@ -99,7 +99,7 @@ class _Slice:
             self.requests -= 1
             self.used_requests += 1
         if token_rate is not None:
-            taken = min(tokens, capacity)
+            taken = tokens if tokens < capacity else capacity
             self.tokens -= taken
             self.used_tokens += taken
         if parallel is not None:
@@ -109,7 +109,8 @@ class _Slice:
         self.calls_until_due -= 1
 
     def count(self, tokens: int, cost: int, now: float) -> None:
-        self._roll(now)
+        if now - self.since >= GOOD_SECONDS:
+            self._roll(now)
         self.calls += 1
         self.call_tokens += tokens
         self.call_cost += cost
@@ -164,18 +165,20 @@ class Slices:
         slices = []
         for account in accounts:
             held = self._of.get(account.subject)
-            if held is None or now >= held.good_until or not (held.is_for(account) and held.covers(tokens, cost)):
+            if held is None or now >= held.good_until or not (account is held.account or held.is_for(account)):
+                return None
+            if not held.covers(tokens, cost):
                 return None
             slices.append(held)
+        periods = []
         for held in slices:
             held.take(tokens, cost)
             held.count(tokens, cost, now)
             if held.calls_until_due <= 0 or now > held.good_until - GOOD_SECONDS / 2:
                 self._due[held.account.subject] = None
-        requests = tokens_left = None
-        if slices:
-            requests, tokens_left = slices[0].levels()
-        return Grant("", 0, 0, requests, tokens_left, [held.period for held in slices])
+            periods.append(held.period)
+        requests, tokens_left = slices[0].levels() if slices else (None, None)
+        return Grant("", 0, 0, requests, tokens_left, periods)
 
     def count(self, accounts: Iterable[Account], tokens: int, cost: int) -> None:
         """A call that had to ask the book was let in. Those that it refuses take nothing, so they are not counted."""
@@ -259,9 +262,9 @@ def _wish(at: int, held: _Slice, account: Account, now: float) -> Wish:
     """More where less than half of what is wanted is left, less where it is more than twice."""
     is_same = held.is_for(account)
     wanted = held.wanted(now) if is_same else _NOTHING
-    requests, tokens, slots, cost = (
+    requests, tokens, slots, cost = [
         want - have if 2 * have < want or have > 2 * want else 0 for want, have in zip(wanted, held.left, strict=True)
-    )
+    ]
     wish = Wish(at, requests, tokens, slots, cost, held.used_requests, held.used_tokens)
     held.used_requests = held.used_tokens = 0
     held.requests += min(0, wish.requests)

@@ -91,21 +91,20 @@ class Talk:
                 answer = {**answer, "role": "assistant"}
             content = dumps(answer.get("content"))
             chain = partial(chain) if finish_reason in PARTIAL else linked(chain, answer, content)
-            stored.append(
-                _stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), clean(finish_reason))
-            )
-            stored[-1].omitted_turns = self.omitted_turns
-        title = self.title
-        if title is None and self.keeps_content and self.begins:
-            title = _title(self.asked)
+            said = _stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), clean(finish_reason))
+            said.omitted_turns = self.omitted_turns
+            stored.append(said)
+        title, caller = self.title, self.caller
         if not self.keeps_content:
             for kept in stored:
                 kept.content, kept.extra, kept.chain = "null", None, None
+        elif title is None and self.begins:
+            title = _title(self.asked)
         return ConversationTurn(
             self.pk,
             self.id,
-            self.caller.user_id,
-            self.caller.key_id,
+            caller.user_id,
+            caller.key_id,
             self.end_user,
             self.session_id,
             self.is_new,

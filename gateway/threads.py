@@ -230,14 +230,15 @@ def _hash(said: bytes) -> str:
 
 def _plainly_said(role: object, message: Message, content: bytes) -> bytes | None:
     """`_said` as JSON, for a message that has a text and nothing else that counts; None for another one."""
-    text = message.get("content")
-    if role not in PLAIN_ROLES or type(text) is not str or (len(message) > 2 and not _NOT_PLAIN.isdisjoint(message)):
+    text, begin = message.get("content"), _BEGINS.get(role)
+    if begin is None or type(text) is not str or (len(message) > 2 and not _NOT_PLAIN.isdisjoint(message)):
         return None
     if (bare := text.strip()) != text:
         content = dumps(bare)
-    return (b'["user",' if role == "user" else b'["assistant",') + content + b",[],[],null]"
+    return begin + content + b",[],[],null]"
 
 
+_BEGINS: Mapping[object, bytes] = {"user": b'["user",', "assistant": b'["assistant",'}
 _OF_A_CALL = frozenset({"id", "index"})
 _NOT_PLAIN = frozenset({"tool_calls", "function_call", "tool_call_id", "audio"})
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.allowances import headers
-from gateway.limits import Account, Claim, Grant, Settlement, held
+from gateway.limits import Account, Claim, Grant, Settlement, taken
 from gateway.store.keys import KeyState
 
 
@@ -74,9 +74,9 @@ def ticket_for(worker: str, demand: Demand, accounts: Sequence[Account], grant: 
     told = headers(accounts[0], grant) if accounts else ()
     if grant.reason:
         return Ticket((), told)
-    asked = Claim(demand.tokens, demand.cost or 0, ())
+    tokens, cost = demand.tokens, demand.cost or 0
     holds = []
-    for place, account in enumerate(accounts):
+    for account, period in zip(accounts, grant.periods, strict=True):
         if account.token_rate is not None or account.max_parallel is not None or account.budget is not None:
-            holds.append(held(asked, account, grant, place, worker))
+            holds.append(taken(account, tokens, cost, period, worker))
     return Ticket(holds, told)

@@ -541,6 +541,41 @@ async def test_a_key_ends_at_its_time_even_when_it_is_remembered(
     assert await answer(auth, peer(LOCAL, bearer(secret))) == 401
 
 
+async def test_who_was_identified_is_recognized_as_long_as_it_would_be_identified(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsteady = Unsteady(sqlite)
+    auth = make_auth(unsteady)
+    key_id, secret = await add_key(sqlite, expires_at=int(time.time() * 1000) + 60_000)
+    revoked_id, revoked = await add_key(sqlite, "bob")
+    for one in (secret, revoked):
+        caller = await auth.identify(peer(LOCAL, bearer(one)))
+        assert caller.digest == digest(one)
+        assert await auth.recognize(digest(one)) == caller
+    await keys.revoke(sqlite, revoked_id, NOON)
+    assert await auth.recognize(digest(revoked)) is None
+    assert await auth.recognize(digest(secret)) is None, "the keys have changed, so it is looked up again"
+    assert await answer(auth, peer(LOCAL, bearer(secret))) == "ann"
+    found = await auth.recognize(digest(secret))
+    assert found is not None
+    assert found.key_id == key_id
+    unsteady.down = True
+    with pytest.raises(DatabaseUnavailable):
+        await auth.recognize(digest(secret))
+    unsteady.down = False
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert await auth.recognize(digest(secret)) is None
+
+
+@pytest.mark.parametrize("admin_key", ["", "sk-admin"])
+async def test_nobody_is_recognized_without_a_key_of_the_database(sqlite: Database, admin_key: str) -> None:
+    auth = make_auth(sqlite, admin_key=admin_key)
+    caller = await auth.identify(peer(LOCAL, *([bearer(admin_key)] if admin_key else [])))
+    assert caller.digest is None
+    assert await auth.recognize(digest("sk-admin")) is None
+
+
 async def test_what_was_looked_up_is_remembered_misses_too(sqlite: Database) -> None:
     """A15. One look-up for each key, whatever the number of calls."""
     unsteady = Unsteady(sqlite)

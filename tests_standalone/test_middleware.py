@@ -120,6 +120,19 @@ def stack(inner: App, origins: Iterable[str] = ("*",), trusted: Iterable[str] = 
     return CORS(Observed(ErrorBoundary(OnePath(inner)), trusted), origins)
 
 
+class Whole(Answer):
+    """Behind our own server, which takes an answer in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wholes = 0
+
+    async def whole(self, status: int, headers: Any, body: bytes) -> None:
+        self.wholes += 1
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+
 async def ask(
     app: App,
     path: str = "/v1/models",
@@ -129,13 +142,16 @@ async def ask(
     query: str = "",
     client: tuple[str, int] | None = ("127.0.0.1", 5000),
     state: dict[str, Any] | None = None,
+    behind: Answer | None = None,
 ) -> Answer:
-    answer = Answer()
+    answer = Answer() if behind is None else behind
     scope = {
         "type": "http", "method": method, "path": path, "raw_path": path.encode("utf-8", "surrogatepass"),
         "query_string": query.encode(), "client": client, "state": {} if state is None else state,
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers],
     }  # fmt: skip
+    if behind is not None:
+        scope["extensions"] = {"gateway.way_out": behind}
     await app(scope, nothing_more, answer.send)
     return answer
 
@@ -256,6 +272,19 @@ async def test_any_other_is_replaced(given: str | None) -> None:
     answer = await ask(stack(ok), headers=headers, state=state)
     assert re.fullmatch(r"req_[0-9a-f]{44}", answer.headers["x-request-id"])
     assert state["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(("origin", "wholes"), [([], 1), ([("origin", "https://here")], 0)])
+@pytest.mark.parametrize("inner", [ok, failing(BadRequest("no"))], ids=["ok", "refused"])
+async def test_an_answer_in_one_piece_is_the_same(inner: App, origin: list[tuple[str, str]], wholes: int) -> None:
+    """Where no page is to read it: then `send` is another's."""
+    state: dict[str, Any] = {}
+    told, whole = [("x-request-id", "mine"), *origin], Whole()
+    usual = await ask(stack(inner), headers=told)
+    await ask(stack(inner), headers=told, behind=whole, state=state)
+    assert (whole.status, whole.headers, whole.body) == (usual.status, usual.headers, usual.body)
+    assert whole.headers["x-request-id"] == "mine"
+    assert (whole.wholes, state["status"]) == (wholes, usual.status)
 
 
 async def test_ids_differ() -> None:

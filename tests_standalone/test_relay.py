@@ -1216,3 +1216,114 @@ async def test_only_the_reply_says_in_which_service_tier_it_was_made(
         shown = json.loads((await exchange.complete()).body)
     await rig.check_rows(OK_ROW | {"cost_nanousd": cost, "price_unknown": int(cost is None)})
     assert shown.get("service_tier") == ("default" if told == "performance" else told)
+
+
+# What is billed, by whoever has counted it
+
+
+BY_KIND = Price(1_000_000, 2_000_000, cached_input=100_000, reasoning=3_000_000)
+MANY_KINDS = counted((100, 20)) | {
+    "prompt_tokens_details": {"cached_tokens": 60},
+    "completion_tokens_details": {"reasoning_tokens": 15},
+}
+
+
+async def billed(rig: Rig, streamed: bool, reply: dict[str, Any], reads: Sequence[Any], **options: Any) -> Any:
+    """The usage that the client is told, for an answer that comes whole or as these chunks."""
+    if streamed:
+        return (await drive(await rig.stream(Upstream("up", [*reads, END]), **options)))[-2]["usage"]
+    return json.loads((await (await rig.exchange(Upstream("up", reply), **options)).complete()).body)["usage"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a97_five_answers_that_nobody_counted(rig: Rig, streamed: bool) -> None:
+    """Five times 8 characters are 10 tokens; five answers are one call, with one prompt."""
+    message = {"role": "assistant", "content": "8 chars."}
+    choices = [{"index": index, "message": message, "finish_reason": "stop"} for index in range(5)]
+    reads = [[chunk("8 ch", index=index) for index in range(5)], [chunk("ars.", index=index) for index in range(5)]]
+    reads += [[chunk(reason="stop", index=index)] for index in range(5)]
+    told = await billed(rig, streamed, whole(choices=choices, usage=None), reads, n=5)
+    assert told == counted((3, 10)) | {"cost": 23e-9}
+    await rig.check_rows(OK_ROW | {"counted_by": "gateway", "input_tokens": 3, "output_tokens": 10, "cost_nanousd": 23})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a97_thoughts_and_tool_calls_that_nobody_counted(rig: Rig, streamed: bool) -> None:
+    """16 characters of thought, `f` and `{"a":1}`."""
+    said = {"role": "assistant", "content": None, "reasoning_content": "sixteen letters.", "tool_calls": TOOL_CALLS}
+    reply = whole(choices=[{"index": 0, "message": said, "finish_reason": "tool_calls"}], usage=None)
+    calls = [{"index": 0, **TOOL_CALLS[0]}]
+    reads = [[chunk(reasoning_content="sixteen letters.")], [chunk(tool_calls=calls)], [chunk(reason="tool_calls")]]
+    told = await billed(rig, streamed, reply, reads)
+    assert told == counted((3, 6)) | {"cost": 15e-9}
+    row = {"counted_by": "gateway", "input_tokens": 3, "output_tokens": 6, "cost_nanousd": 15}
+    await rig.check_rows(OK_ROW | row | {"finish_reason": "tool_calls"})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a97_cached_tokens_and_thoughts_have_their_own_price(rig: Rig, streamed: bool) -> None:
+    """40 x 1 + 60 x 0.1 for the prompt, 5 x 2 + 15 x 3 for all five answers."""
+    reads = [*HELLO[:4], [usage_chunk(MANY_KINDS)]]
+    told = await billed(rig, streamed, whole(usage=MANY_KINDS), reads, n=5, price=BY_KIND)
+    assert told == MANY_KINDS | {"cost": 101e-9}
+    await rig.check_rows(OK_ROW | {"input_tokens": 100, "output_tokens": 20, "cost_nanousd": 101})
+    assert await rows(rig.database, "SELECT cached_tokens, reasoning_tokens FROM usage_rows") == [(60, 15)]
+
+
+UNTRUE = {
+    "none": None,
+    "empty": {},
+    "a text": "many",
+    "negative": counted((-10, 5)),
+    "a negative answer": counted((10, -5)),
+    "10 to the 30": counted((10**30, 5)),
+    "10 to the 30 answered": counted((10, 10**30)),
+    "texts": {"prompt_tokens": "10", "completion_tokens": "5", "total_tokens": "15"},
+    "half a token": {"prompt_tokens": 10.5, "completion_tokens": 5},
+    "true": {"prompt_tokens": True, "completion_tokens": 5},
+    "a list": [10, 5],
+}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("untrue", UNTRUE.values(), ids=UNTRUE.keys())
+async def test_a99_a_stream_whose_usage_cannot_be_true_is_counted(rig: Rig, untrue: Any, asked: bool) -> None:
+    """In each chunk, and as bytes: what JSON makes of them is a part of it. 12 characters asked, 5 answered."""
+    chunks = [each[0] | {"usage": untrue} for each in (*HELLO[:4], [usage_chunk()])]
+    reads = [[json.dumps(each).encode()] for each in chunks]
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    assert await billed(rig, True, {}, reads, **options) == counted((3, 2)) | {"cost": 7e-9}
+    await rig.check_rows(OK_ROW | {"counted_by": "gateway", "input_tokens": 3, "output_tokens": 2, "cost_nanousd": 7})
+
+
+@pytest.mark.parametrize(
+    ("told", "counts"),
+    [
+        ([(10, 1), (10, 2), (10, 3), (10, 4)], (10, 4)),
+        ([(10, 4), (9, 3), (8, 2), (7, 1)], (10, 4)),
+        ([(10, 4), (0, 0), (0, 0), (0, 0)], (10, 4)),
+        ([(10, 1), (10, 4), (-1, -1), (10**30, 10**30)], (10, 4)),
+        ([(-1, -1), (10, 4), "many", None], (10, 4)),
+        ([(10, 4), (5, 2), (20, 8), (10, 4)], (20, 8)),
+    ],
+    ids=["growing", "decreasing", "zero at last", "absurd at last", "once", "up and down"],
+)
+async def test_a99_usage_in_many_chunks_is_that_of_one_of_them(
+    rig: Rig, told: Sequence[Any], counts: tuple[int, int]
+) -> None:
+    """The last that can be true, and that is not less than one before: never their sum."""
+    reads = [[each[0] | {"usage": counted(usage)}] for each, usage in zip(HELLO[:4], told, strict=True)]
+    cost = counts[0] + 2 * counts[1]
+    assert await billed(rig, True, {}, reads) == counted(counts) | {"cost": pytest.approx(cost / 1e9)}
+    await rig.check_rows(OK_ROW | {"input_tokens": counts[0], "output_tokens": counts[1], "cost_nanousd": cost})
+
+
+async def test_a99_parts_are_never_more_than_their_whole(rig: Rig) -> None:
+    """Else what is left of the prompt would be less than nothing."""
+    usage = counted((10, 5)) | {
+        "prompt_tokens_details": {"cached_tokens": 60, "audio_tokens": -5},
+        "completion_tokens_details": {"reasoning_tokens": 99},
+    }
+    await (await rig.exchange(Upstream("up", whole(usage=usage)), price=BY_KIND)).complete()
+    await rig.check_rows(OK_ROW | {"cost_nanousd": 1 + 15})
+    assert await rows(rig.database, "SELECT cached_tokens, reasoning_tokens FROM usage_rows") == [(10, 5)]

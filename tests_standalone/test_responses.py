@@ -10,7 +10,7 @@ import pytest
 
 from gateway.drain import Drain
 from gateway.errors import BadRequest, UpstreamError
-from gateway.responses import STREAM_HEADERS, StreamResponse, drive, header_value
+from gateway.responses import STREAM_HEADERS, StreamResponse, drive, header_value, notes, send_json, whole_way
 
 Read = Callable[[], Awaitable[bytes]]
 
@@ -272,3 +272,49 @@ async def test_nobody_is_told_after_a_reply() -> None:
 )
 def test_any_text_fits_into_a_header(text: str, value: bytes) -> None:
     assert header_value(text) == value
+
+
+class Out:
+    """What our own server offers."""
+
+    def __init__(self) -> None:
+        self.notes = {"noted": 1}
+        self.got: list[Any] = []
+
+    async def send(self, message: Any) -> None:
+        self.got.append(message)
+
+    async def whole(self, status: int, headers: Any, body: bytes) -> None:
+        self.got.append((status, headers, body))
+
+
+def test_only_a_send_that_nobody_has_wrapped_takes_a_whole_answer() -> None:
+    out = Out()
+    scope = {"extensions": {"gateway.way_out": out}}
+    assert whole_way(scope, out.send) == out.whole
+    assert whole_way(scope, lambda message: out.send(message)) is None
+    assert whole_way(scope, Out().send) is None
+    assert whole_way({"extensions": {}}, out.send) is None
+    assert whole_way({}, out.send) is None
+
+
+def test_notes_of_another_server_are_for_one_request() -> None:
+    assert notes({"extensions": {"gateway.way_out": Out()}}) == {"noted": 1}
+    assert notes({}) == {}
+    assert notes({}) is not notes({})
+
+
+async def test_json_is_the_same_whole_and_in_two_messages() -> None:
+    class Whole(Client):
+        async def __call__(self, message: Any) -> None:
+            raise AssertionError("it has `whole`")
+
+        async def whole(self, status: int, headers: Any, body: bytes) -> None:
+            self.got.append((status, headers, body))
+
+    client, whole = Client(), Whole()
+    client.reading.set()
+    await send_json(client.send, 201, b"{}", [(b"x", b"y")])
+    await send_json(whole, 201, b"{}", [(b"x", b"y")])
+    start, body = client.got
+    assert whole.got == [(start["status"], start["headers"], body["body"])]

@@ -445,6 +445,136 @@ class TestBody:
         assert heard == ["http.disconnect"] * 2
 
 
+POSTS = [
+    b"POST /a%%20b?c=d HTTP/1.1\r\nHost: here\r\nX-Way: %s\r\nContent-Length: %d\r\n\r\n%s" % (way, len(told), told)
+    for way, told in [(b"one", b"a"), (b"one", b"bb"), (b"one", b""), (b"two", b"ccc"), (b"one", b"d" * 100_000)]
+    for _ in range(2)
+]
+AND_GET = [*POSTS, GET, *POSTS]
+
+
+class TestWhole:
+    """An answer in one piece leaves as the two messages of it do."""
+
+    @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+    @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+    @pytest.mark.parametrize(
+        ("headers", "content"),
+        [
+            ([LENGTH_5], b"hello"),
+            ([], b"hello"),
+            ([], b""),
+            ([(b"Content-Length", b"0"), (b"X", b"y")], b""),
+            ([LENGTH_5, (b"connection", b"close")], b"hello"),
+            ([(b"content-length", b"100000")], b"a" * 100_000),
+            ([], b"a" * 100_000),
+            ([LENGTH_5], b"four"),
+            ([(b"x", b"a\nb")], b"hello"),
+        ],
+    )
+    async def test_it_is_the_same(
+        self, method: bytes, version: bytes, headers: list[tuple[bytes, bytes]], content: bytes
+    ) -> None:
+        async def whole(scope: Any, receive: Any, send: Any) -> None:
+            await scope["extensions"]["gateway.way_out"].whole(200, headers, content)
+
+        answers = []
+        for app in (says(start(*headers), body(content)), whole):
+            async with connected(app) as client:
+                await client.send(b"%s / HTTP/%s\r\nHost: here\r\n\r\n" % (method, version))
+                client.sock.shutdown(socket.SHUT_WR)
+                answers.append(await client.read_all())
+        assert answers[0] == answers[1]
+
+    async def test_it_leaves_in_one_write(self) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await scope["extensions"]["gateway.way_out"].whole(200, [LENGTH_5], b"hello")
+
+        async with connected(app) as client:
+            await client.send(GET)
+            await client.read_until(b"hello")
+            assert client.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"]
+
+    async def test_one_that_is_longer_than_it_says_does_not_leave(self) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await scope["extensions"]["gateway.way_out"].whole(200, [LENGTH_5], b"longer")
+
+        async with connected(app) as client:
+            await client.send(GET)
+            assert await client.read_all() == b""
+
+    async def test_there_is_no_second_one(self) -> None:
+        raised = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await scope["extensions"]["gateway.way_out"].whole(200, [LENGTH_5], b"hello")
+            with pytest.raises(RuntimeError, match="out of turn") as caught:
+                await scope["extensions"]["gateway.way_out"].whole(200, [LENGTH_5], b"hello")
+            raised.append(caught.value)
+
+        async with connected(app) as client:
+            await client.send(GET)
+            await client.read_until(b"hello")
+        assert len(raised) == 1
+
+
+class TestSameHead:
+    """A head that differs from one before in nothing but the length of the body is not parsed again."""
+
+    async def seen(self, *writes: bytes) -> list[tuple[dict[str, Any], bytes, dict[str, Any]]]:
+        """The scope, the body and the notes of each request, as the application has them."""
+        found = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            out = scope["extensions"]["gateway.way_out"]
+            shown = {name: value for name, value in scope.items() if name not in ("extensions", "client", "server")}
+            scope["path"] = "/changed"
+            scope["state"]["changed"] = True
+            body, more = b"", True
+            while more:
+                message = await receive()
+                body, more = body + message["body"], message["more_body"]
+            found.append((shown, body, out.notes))
+            await out.whole(200, [LENGTH_5], b"hello")
+
+        async with connected(app) as client:
+            for data in writes:
+                before = len(found)
+                await client.send(data)
+                while len(found) < before + data.count(b" HTTP/1.1"):
+                    assert (await client.read_until(b"hello")).startswith(
+                        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"
+                    )
+        return found
+
+    async def test_it_is_told_as_the_parser_tells_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        known = await self.seen(*AND_GET)
+        monkeypatch.setattr(GatewayProtocol, "heads_to_remember", 0)
+        parsed = await self.seen(*AND_GET)
+        assert [told[:2] for told in known] == [told[:2] for told in parsed]
+        assert len({id(notes) for *_, notes in known}) < len({id(notes) for *_, notes in parsed}) == len(AND_GET)
+
+    async def test_pipelined_ones_too(self) -> None:
+        known = await self.seen(POSTS[0], POSTS[0], POSTS[0] + POSTS[2] + POSTS[0], POSTS[2])
+        assert [body for _, body, _ in known] == [b"a", b"a", b"a", b"bb", b"a", b"bb"]
+
+    async def test_notes_are_those_of_the_head(self) -> None:
+        *_, first, second, third, other = await self.seen(POSTS[0], POSTS[0], POSTS[2], POSTS[4], POSTS[6])
+        assert first[2] is second[2] is third[2]
+        assert other[2] is not first[2]
+
+    async def test_a_connection_that_is_to_end_ends(self) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await scope["extensions"]["gateway.way_out"].whole(200, [LENGTH_5], b"hello")
+
+        async with connected(app) as client:
+            for _ in range(3):
+                await client.send(POSTS[0])
+                await client.read_until(b"hello")
+            await client.send(POSTS[0].replace(b"X-Way: one", b"Connection: close"))
+            assert b"connection: close" in await client.read_all()
+
+
 class TestWhenGone:
     """Told when, and only when, `receive` would say `http.disconnect` before the answer is complete."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,12 +15,11 @@ from gateway.config import Settings
 from gateway.conversations import Conversations
 from gateway.drain import Drain
 from gateway.errors import BadRequest, BodyTooLarge, PermissionDenied, Unavailable, UnsupportedMediaType
-from gateway.middleware import header, headers_by_name
-from gateway.responses import Header, Receive, Scope, at_hand, header_value
+from gateway.middleware import headers_by_name
+from gateway.responses import Header, Receive, Scope, at_hand, header_value, notes
 from gateway.store.database import Database
 
 _VERSION: Header = (b"openai-version", b"2020-10-01")
-_name_value = lru_cache(maxsize=256)(header_value)  # of models and backends, which are few
 _NAMES_MODELS = frozenset({"models", "fallbacks"})
 
 
@@ -69,19 +68,27 @@ def peer(scope: Scope) -> Peer:
 
 async def identify(scope: Scope) -> Caller:
     """Who is asking. Raises Unauthenticated, BadRequest, Unavailable. Nothing of the body is read for it."""
-    found = services(scope)
+    state = scope["state"]
+    found: Services = state["services"]
     found.readiness.check()
-    caller = await found.auth.identify(peer(scope))
-    scope["state"]["user"] = caller.user_id
+    known = notes(scope)
+    key = known.get("key")
+    caller = None if key is None else await found.auth.recognize(key)
+    if caller is None:
+        caller = await found.auth.identify(peer(scope))
+        known["key"] = caller.digest
+    state["user"] = caller.user_id
     return caller
 
 
 async def find_model(scope: Scope, caller: Caller, name: str | None, assumed: str | None = None) -> Model:
     """The model that a request names, in its body or its path; else the assumed one, else the default. Raises
     ModelNotFound, PermissionDenied."""
-    asked = name or scope["state"].get("deployment")
-    model = await services(scope).catalog.resolve(asked or assumed)
-    scope["state"]["model"] = model.name
+    state = scope["state"]
+    asked = name or state.get("deployment")
+    found: Services = state["services"]
+    model = await found.catalog.resolve(asked or assumed)
+    state["model"] = model.name
     caller.check_model(model.name, asked)
     return model
 
@@ -102,26 +109,28 @@ def end_user(scope: Scope, data: Mapping[str, Any]) -> str | None:
     named = data.get("safety_identifier") or data.get("user")
     if named:
         return str(named)
-    told = header(scope, b"x-openwebui-user-id")
+    told = headers_by_name(scope).get(b"x-openwebui-user-id")
     return told.decode("latin-1") if told else None
 
 
 def call_headers(call: Call[Any]) -> list[Header]:
     """What the reply to a call says about it."""
-    job, talk, conversation_id = call.job, call.job.talk, call.conversation_id
-    found = [
-        (b"x-gateway-model", _name_value(job.model.name)),
-        (b"openai-processing-ms", b"%d" % ((time.perf_counter() - job.started) * 1000)),
-        _VERSION,
-    ]
-    if call.route is not None:
-        found.append((b"x-gateway-backend", _name_value(call.route.backend.name)))
-    if conversation_id is not None:
-        found.append((b"x-conversation-id", conversation_id.encode()))
-    if talk is not None and talk.omitted_turns:
-        found.append((b"x-gateway-omitted-turns", b"%d" % talk.omitted_turns))
+    job, route, talk = call.job, call.route, call.job.talk
+    model, *others = _names(job.model.name, None if route is None else route.backend.name)
+    found = [model, (b"openai-processing-ms", b"%d" % ((time.perf_counter() - job.started) * 1000)), *others]
+    if talk is not None:
+        found.append((b"x-conversation-id", talk.id.encode()))
+        if talk.omitted_turns:
+            found.append((b"x-gateway-omitted-turns", b"%d" % talk.omitted_turns))
     found += call.ticket.headers
     return found
+
+
+@lru_cache(maxsize=256)
+def _names(model: str, backend: str | None) -> Sequence[Header]:
+    """Of models and backends, which are few."""
+    found = [(b"x-gateway-model", header_value(model)), _VERSION]
+    return found if backend is None else [*found, (b"x-gateway-backend", header_value(backend))]
 
 
 def cost_header(cost: float | None) -> list[Header]:
@@ -130,7 +139,7 @@ def cost_header(cost: float | None) -> list[Header]:
 
 def media_type(scope: Scope) -> str:
     """What the body is said to be, without its parameters."""
-    told = header(scope, b"content-type")
+    told = headers_by_name(scope).get(b"content-type")
     if told == b"application/json":
         return "application/json"
     return (told or b"").partition(b";")[0].strip().lower().decode("latin-1")
@@ -151,7 +160,7 @@ async def read_form_body(scope: Scope, receive: Receive) -> bytes:
 
 async def _read_body(scope: Scope, receive: Receive, megabytes: float, setting: str) -> bytes:
     headers = headers_by_name(scope)
-    if headers.get(b"content-encoding") not in (None, b"identity"):
+    if b"content-encoding" in headers and headers[b"content-encoding"] != b"identity":
         raise UnsupportedMediaType("Compressed request bodies are not accepted. Send the body as it is.")
     limit = int(megabytes * 1024 * 1024)
     length = headers.get(b"content-length")

@@ -148,18 +148,30 @@ def routes() -> list[BaseRoute]:
     return [Route(path, endpoint(), methods=[method]) for method, path, endpoint, _ in ENDPOINTS]
 
 
-async def _talk(
+def _talk(
     scope: Scope,
     receive: Receive,
     found: Services,
     caller: Caller,
     request: ChatRequest,
     end_user: str | None,
-) -> Talk | None:
+) -> Coroutine[Any, Any, Talk | None]:
     """The conversation that a call is a turn of. If it has to wait for another turn, then until its client leaves."""
     group = _group(scope, found.settings.conversations.header)
     if found.settings.conversations.busy != "wait" or "conversation_id" not in request.data:
-        return await found.conversations.open(caller, request, end_user, group)
+        return found.conversations.open(caller, request, end_user, group)
+    return _talk_in_turn(scope, receive, found, caller, request, end_user, group)
+
+
+async def _talk_in_turn(
+    scope: Scope,
+    receive: Receive,
+    found: Services,
+    caller: Caller,
+    request: ChatRequest,
+    end_user: str | None,
+    group: str | None,
+) -> Talk | None:
     left = asyncio.Event()
     forget = when_gone(receive, left.set)
     try:

@@ -120,10 +120,13 @@ class Reply:
         try:
             await self._wait(self._line, self._idle)
         finally:
-            self._take = None
+            self._take_no_more()
             failure, self._take_failed = self._take_failed, None
         if failure is not None:
             raise failure
+
+    def _take_no_more(self) -> None:
+        self._take, self._between_chunks = None, False
 
     def _come(self) -> bytes:
         """The pieces that have come, as one."""
@@ -173,14 +176,26 @@ class Reply:
     # --- what the connection tells
 
     def feed(self, data: bytes) -> None:
-        if self._between_chunks and self._take is not None:
-            start = chunk_start(len(data))
-            if start and data.startswith(start) and data.endswith(b"\r\n"):
-                self._hand_over(self._take, data[len(start) : -2])
-                return
-        self._parse(data)
+        start = chunk_start(len(data)) if self._between_chunks else b""
+        piece = data.removeprefix(start).removesuffix(b"\r\n") if start else data
+        plain = len(data) - len(piece) == len(start) + 2
+        if not plain:
+            piece = self._parse(data)
+        take = self._take
+        if piece and take is not None:
+            self._silent_until = self._loop.time() + self._idle
+            try:
+                goes_on = take(piece)
+            except Exception as failure:
+                goes_on, self._take_failed = False, failure
+            if not goes_on:
+                self._take_no_more()
+                self._wake()
+        if not plain:
+            self._settle()
 
-    def _parse(self, data: bytes) -> None:
+    def _parse(self, data: bytes) -> bytes:
+        """What is to be handed over; nothing if nobody takes it."""
         assert self._parser is not None
         known = len(self._pieces)
         self._silent += len(data)
@@ -190,17 +205,20 @@ class Reply:
         except (HttpParserError, HttpParserUpgrade) as failure:
             if not self._complete:
                 self.fail(broken(f"malformed reply: {failure.__context__ or failure}"))
-                return
+                return b""
             self._junk = True
-        if len(self._pieces) > known:
-            self._silent = 0
-            if self._take is not None:
-                piece = self._come()
-                self._between_chunks = data == _CHUNK % (len(piece), piece)
-                self._hand_over(self._take, piece)
-            else:
-                self._size += sum(map(len, self._pieces[known:]))
-                self._wake()
+        if len(self._pieces) == known:
+            return b""
+        self._silent = 0
+        if self._take is not None:
+            piece = self._come()
+            self._between_chunks = data == _CHUNK % (len(piece), piece)
+            return piece
+        self._wake()
+        return b""
+
+    def _settle(self) -> None:
+        """After bytes that were parsed: has the reply ended, or is too much of it here?"""
         if self._complete:
             self._over(self._keep and not self._junk)
         elif self._silent > MAX_HEAD:
@@ -208,16 +226,6 @@ class Reply:
         elif self._size > HIGH_WATER and not self._paused and self._line is not None:
             self._paused = True
             self._line.pause()
-
-    def _hand_over(self, take: Callable[[bytes], bool], piece: bytes) -> None:
-        self._silent_until = self._loop.time() + self._idle
-        try:
-            goes_on = take(piece)
-        except Exception as failure:
-            goes_on, self._take_failed = False, failure
-        if not goes_on:
-            self._take = None
-            self._wake()
 
     def lost(self, cause: Exception | None) -> None:
         """The connection has ended. A reply without a length of its own ends with it."""
@@ -296,6 +304,7 @@ class Reply:
     def on_body(self, piece: bytes) -> None:
         if not self._complete:
             self._pieces.append(piece)
+            self._size += len(piece)
 
     def on_message_complete(self) -> None:
         if self._headed and not self._complete:

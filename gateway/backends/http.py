@@ -20,6 +20,7 @@ from gateway.errors import UpstreamError
 from gateway.wire import WireError
 from gateway.wire.chat import ChatRequest, Chunk, Completion
 from gateway.wire.operation import OperationRequest, is_json, may_answer
+from gateway.wire.sse import SSEDecoder
 
 MAX_REPLY = 64 << 20
 MAX_ERROR = 64 << 10
@@ -28,6 +29,8 @@ _SECRET_LENGTH = 8
 _HARMLESS = frozenset({"accept", "accept-encoding", "content-type", "user-agent"})
 TAIL_READS = 16
 _NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,9})?")
+_UNREAD = SSEDecoder()
+"""For decoders of other formats: nothing may pass this one."""
 
 
 @dataclass(slots=True)
@@ -115,11 +118,13 @@ class HTTPBackend:
             raise _unreadable(failure) from failure
 
     async def complete(self, request: ChatRequest) -> Completion:
-        body = await _body_of(await self._send(self._translator.request(request)))
+        response = await self._send(self._translator.request(request))
         try:
-            return self._translator.completion(request, body)
+            return self._translator.completion(request, await response.read_all(MAX_REPLY))
         except WireError as failure:
             raise _unreadable(failure) from failure
+        finally:
+            response.close()
 
     async def stream(self, request: ChatRequest) -> HTTPChunkStream:
         response = await self._send(self._translator.request(request))
@@ -207,10 +212,10 @@ class HTTPChunkStream:
         push = getattr(self._response, "push", None)
         if push is None or self._ended or self._decoder.complete:
             return
-        may_pass: Callable[[bytes], bool] = getattr(self._decoder, "may_pass", _never)
+        events: SSEDecoder = getattr(self._decoder, "events", _UNREAD)
 
         def piece_came(piece: bytes) -> bool:
-            if may_pass(piece):
+            if len(piece) <= events.may_pass:
                 goes_on = take_events(piece)
                 if goes_on is not None:
                     return goes_on
@@ -319,7 +324,3 @@ def _timing(headers: Mapping[str, str]) -> dict[str, str]:
 
 def _unreadable(failure: WireError) -> UpstreamError:
     return UpstreamError("The upstream sent something that is no valid reply.", log=str(failure))
-
-
-def _never(piece: bytes) -> bool:
-    return False

@@ -110,20 +110,19 @@ class OpenAIDecoder:
     """SSE to chunks; ends at `[DONE]` and ignores what comes after it, but for saying that it came."""
 
     def __init__(self, max_event: int = sse.MAX_LINE) -> None:
-        self._events = sse.SSEDecoder(max_event)
-        self.may_pass = self._events.may_pass
-        """Those who know some bytes for whole events may read them instead of this, if it says so."""
+        self.events = sse.SSEDecoder(max_event)
+        """Those who know some bytes for whole events may read them instead of this, if it says so (`may_pass`)."""
         self.complete = False
         self.trailing = False
 
     def feed(self, piece: bytes) -> list[Chunk]:
         if not self.complete:
-            return self._chunks(self._events.feed(piece))
+            return self._chunks(self.events.feed(piece))
         self.trailing = self.trailing or bool(piece.strip(b"\r\n"))
         return []
 
     def flush(self) -> list[Chunk]:
-        return [] if self.complete else self._chunks(self._events.flush())
+        return [] if self.complete else self._chunks(self.events.flush())
 
     def _chunks(self, payloads: list[bytes]) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -131,7 +130,7 @@ class OpenAIDecoder:
             said = payload.strip()
             if said == sse.DONE:
                 self.complete = True
-                self.trailing = number < len(payloads) or self._events.waiting
+                self.trailing = number < len(payloads) or self.events.waiting
                 break
             if said:
                 chunks.append(Chunk(raw=payload))

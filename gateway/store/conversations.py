@@ -253,24 +253,25 @@ def save(turns: Sequence[ConversationTurn]) -> list[Step]:
     placed: list[tuple[str | int | None, ...]] = []
     for group in _by_conversation(turns):
         first = group[0]
-        totals, at, behind = _totals(group)
+        totals, at, behind = _total_of(first) if len(group) == 1 else _totals(group)
         if behind < totals[0]:
             placed += _placed(group)
         if first.is_new:
-            owner = (first.pk, first.id, first.user_id, first.key_id, first.end_user, first.session_id)
+            owner = (first.pk, first.id, first.user_id, first.key_id, first.end_user, first.session_id, at)
             if first.after is None:
-                new.append((*owner, at, *totals, first.title))
+                new.append(owner + totals + (first.title,))
             else:
                 parent = (None, None, None) if first.parent is None else first.parent
-                alone.append((*owner, at, first.after + totals[0], *totals[1:], first.title, *parent))
+                alone.append((*owner, first.after + totals[0], *totals[1:], first.title, *parent))
         else:
             known.append((first.pk, *totals, at))
         rows, whose = (by_owner, (first.user_id, first.id)) if first.is_new else (by_pk, (first.pk,))
         for turn in group:
             if turn.after is None:
+                at = turn.at
                 for message in turn.messages:
                     behind -= 1
-                    rows.append(_message_row(message, behind, turn.at) + whose)
+                    rows.append(_message_row(message, behind, at) + whose)
     steps: list[Step] = [(CREATE, new), (INSERT_BY_OWNER, by_owner), (CREATE_ALONE, alone), (ADD_TO, known)]
     return [*steps, (INSERT_BY_PK, by_pk), (INSERT_AT, placed), *_rarely(turns)]
 
@@ -278,18 +279,15 @@ def save(turns: Sequence[ConversationTurn]) -> list[Step]:
 def _totals(group: Iterable[ConversationTurn]) -> tuple[tuple[int, int, int, int], int, int]:
     """The messages, tokens and costs of these turns, when the last one was, and how many of the messages take the next
     `seq`, whatever it is."""
-    messages = counted = tokens_input = tokens_output = cost = at = 0
-    for turn in group:
-        count = len(turn.messages)
-        messages += count
-        if turn.after is None:
-            counted += count
-        tokens_input += turn.tokens_input
-        tokens_output += turn.tokens_output
-        cost += turn.cost_nanousd
-        if turn.at > at:
-            at = turn.at
-    return (messages, tokens_input, tokens_output, cost), at, counted
+    each = [_total_of(turn) for turn in group]
+    messages, tokens_input, tokens_output, cost = map(sum, zip(*(sums for sums, _, _ in each), strict=True))
+    return (messages, tokens_input, tokens_output, cost), max(at for _, at, _ in each), sum(one[2] for one in each)
+
+
+def _total_of(turn: ConversationTurn) -> tuple[tuple[int, int, int, int], int, int]:
+    count = len(turn.messages)
+    counted = count if turn.after is None else 0
+    return (count, turn.tokens_input, turn.tokens_output, turn.cost_nanousd), turn.at, counted
 
 
 def _placed(group: Iterable[ConversationTurn]) -> list[tuple[str | int | None, ...]]:
@@ -314,6 +312,8 @@ def _rarely(turns: Sequence[ConversationTurn]) -> list[Step]:
 
 def _by_conversation(turns: Sequence[ConversationTurn]) -> list[list[ConversationTurn]]:
     """Those that make one each by themselves, whatever its name, come last."""
+    if len(turns) == 1:
+        return [[*turns]]
     groups: dict[tuple[int, str, str], list[ConversationTurn]] = {}
     for turn in turns:
         if not turn.is_new:

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 
 import orjson
 
@@ -100,19 +99,30 @@ def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
     Raises RowRejected for what JSON cannot hold.
     """
     shape = [0] * len(_PARTS)
-    last = -1
+    last, few = -1, True
     for sql, rows in work:
         place = _PLACES.get(sql, -1)
         if place <= last:
             return None
-        if rows and len(rows[0]) != len(_PARTS[place].columns):
-            raise ValueError(f"Rows of {len(rows[0])} values where {_PARTS[place].name} has other columns.")
-        shape[place], last = len(rows), place
+        part, count = _PARTS[place], len(rows)
+        if rows and len(rows[0]) != len(part.columns):
+            raise ValueError(f"Rows of {len(rows[0])} values where {part.name} has other columns.")
+        shape[place], last = count, place
+        few = few and count <= part.few
     if not _complete(work, shape):
         return None
-    if all(count <= part.few for count, part in zip(shape, _PARTS, strict=True)) and _one_conversation(shape):
-        return _statement(tuple(shape)), list(chain.from_iterable(chain.from_iterable(rows for _, rows in work)))
-    return _statement(tuple(_MANY if count else 0 for count in shape)), [_json(rows) for _, rows in work]
+    if few and _one_conversation(shape):
+        return _statement(tuple(shape)), _values(work)
+    return _statement(tuple([_MANY if count else 0 for count in shape])), [_json(rows) for _, rows in work]
+
+
+def _values(work: Sequence[Step]) -> list[Value]:
+    """One by one."""
+    values: list[Value] = []
+    for _, rows in work:
+        for row in rows:
+            values += row
+    return values
 
 
 def _one_conversation(shape: Sequence[int]) -> bool:

@@ -38,7 +38,7 @@ def statements(sql: str, rows: Sequence[Sequence[Value]]) -> Iterator[tuple[str,
 
 @lru_cache(512)
 def _of_rows(text: str, count: int) -> str | None:
-    """The statement that inserts so many rows; None if it is no INSERT, one that reads what it inserts, or an upsert."""
+    """The statement that inserts so many rows; None if it is no INSERT, reads what it inserts, or is an upsert."""
     found = _INSERT.fullmatch(text)
     if found is None or "DO UPDATE" in text:
         return None

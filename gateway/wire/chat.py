@@ -55,8 +55,10 @@ class ChatRequest:
         """Checks what the gateway acts on; everything else is the upstream's to judge. Raises BadRequest."""
         data = read_object(raw)
         cls._check(data)
-        gone = [key for key in _TOKEN_LIMITS if data.get(key) is not None and data[key] <= 0]
         request = cls(raw, data)
+        if "max_tokens" not in data and "max_completion_tokens" not in data:
+            return request
+        gone = [key for key in _TOKEN_LIMITS if data.get(key) is not None and data[key] <= 0]
         return request.with_fields(**dict.fromkeys(gone)) if gone else request
 
     @classmethod

@@ -13,8 +13,11 @@ from gateway.wire import WireError
 
 BOM = b"\xef\xbb\xbf"
 DONE = b"[DONE]"
+_CR, _LF = b"\r\n"
 PING = b": ping\n"
 MAX_LINE = 1 << 20
+NOTHING = -1
+"""Not even a piece of no bytes."""
 
 
 class SSEDecoder:
@@ -31,33 +34,32 @@ class SSEDecoder:
         self._size = 0
         self._start = True
         self._after_cr = False
-        self._fresh = False
-        """Nothing of an earlier event waits here, nor does the beginning of the stream."""
+        self.may_pass = NOTHING
+        """Pieces of up to so many bytes may be read by somebody who knows them for whole events, instead of by us:
+        nothing of an earlier event waits here, nor does the beginning of the stream, and none of these can be too
+        long."""
 
     @property
     def waiting(self) -> bool:
         """Has the beginning of an event come, and not its end?"""
         return bool(self._parts or self._data)
 
-    def may_pass(self, piece: bytes) -> bool:
-        """May somebody who knows these bytes for whole events read them instead of us? Nothing of an earlier event
-        waits here, and none of these can be too long."""
-        return self._fresh and len(piece) <= self._max
-
     def feed(self, piece: bytes) -> list[bytes]:
-        if (self._fresh or (self._start and not self._parts)) and piece.endswith(b"\n\n"):
+        fresh = self.may_pass != NOTHING or (self._start and not self._parts)
+        if fresh and piece.endswith(b"\n\n"):
             payloads = self._whole_events(piece)
             if payloads is not None:
-                self._start, self._fresh = False, True
+                self._start, self.may_pass = False, self._max
                 return payloads
-        self._fresh = False
+        self.may_pass = NOTHING
         payloads = self._lines(piece)
-        self._fresh = not (self._parts or self._data or self._start or self._after_cr)
+        if not (self._parts or self._data or self._start or self._after_cr):
+            self.may_pass = self._max
         return payloads
 
     def flush(self) -> list[bytes]:
         """The event that was complete but for its blank line, when the stream has ended."""
-        self._fresh = False
+        self.may_pass = NOTHING
         rest = b"".join(self._parts).strip()
         if rest in (b"data: " + DONE, b"data:" + DONE):
             self._line(rest)
@@ -66,11 +68,11 @@ class SSEDecoder:
 
     def _whole_events(self, piece: bytes) -> list[bytes] | None:
         """The usual case, without looking at lines: whole events of one `data: ` line each, ended by LF LF."""
-        if b"\r" in piece:
+        if _CR in piece:
             return None
         payloads: list[bytes] = []
         for event in piece[:-2].split(b"\n\n"):
-            if not event.startswith(b"data: ") or b"\n" in event or len(event) > self._max:
+            if not event.startswith(b"data: ") or _LF in event or len(event) > self._max:
                 return None
             payloads.append(event[6:])
         return payloads
@@ -136,7 +138,7 @@ def encode(payloads: list[bytes]) -> bytes:
     """Events of one `data` line each. JSON that came over several lines is joined by spaces, which JSON allows."""
     if not payloads:
         return b""
-    if len(payloads) == 1 and b"\n" not in payloads[0]:
+    if len(payloads) == 1 and _LF not in payloads[0]:
         return b"data: %b\n\n" % payloads[0]
     body = b"\n\ndata: ".join(payloads)
     if body.count(b"\n") != 2 * (len(payloads) - 1):

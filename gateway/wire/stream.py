@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import orjson
+
 from gateway.wire import WireError, repair, splice, sse
 from gateway.wire.assemble import Assembler
 from gateway.wire.chat import Chunk, Usage
@@ -28,7 +30,9 @@ from gateway.wire.whole import Whole
 
 __all__ = ["ChatStream", "StreamedError"]
 
+_parsed = orjson.loads
 _USAGE = b'"usage"'
+_BACKSLASH, _QUOTE = b'\\"'
 _USAGE_KEY = re.compile(rb'(?<!\\)"usage"\s*:')
 _USUAL_USAGE = b',"usage":null'
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|(?<!\\)"usage"\s*:\s*null\s*,\s*')
@@ -95,10 +99,16 @@ class ChatStream:
         template = self._template
         if template is None:
             return None
-        one = template.event(piece)
-        if one is None:
+        string = piece.removeprefix(template.before).removesuffix(template.behind)
+        size = len(piece)
+        if size >= template.shortest_two or size - len(string) != template.around:
             return self._pass_events(template, piece)
-        text, leaving = one
+        try:
+            text = _parsed(string)
+        except orjson.JSONDecodeError:
+            return None
+        if not string[0] == string[-1] == _QUOTE:  # another value, or blanks around it
+            return None
         answer = self.answer
         characters = answer.characters + len(text)
         if characters > _MOST_CHARACTERS:
@@ -106,7 +116,7 @@ class ChatStream:
         for pieces in self._texts:
             pieces.append(text)
         answer.characters = characters
-        return leaving
+        return template.leaving_before + string + template.leaving_behind if template.changed else piece
 
     def _pass_events(self, template: Template, piece: bytes) -> bytes | None:
         usual = template.events(piece)
@@ -323,7 +333,7 @@ def _with_last_words(raw: bytes, data: Mapping[str, Any], words: Mapping[str, An
     about = data.keys() & words.keys()
     if not about and raw.endswith(b"}"):
         return b"%b,%b" % (raw[:-1].rstrip(), dumps(words)[1:])
-    if about == {"usage"} and b"\\" not in raw and raw.count(_USAGE) == 1:  # no other key is this one then
+    if about == {"usage"} and _BACKSLASH not in raw and raw.count(_USAGE) == 1:  # no other key is this one then
         head, _, told = raw.partition(b',"usage":')
         if told == b"null}" or (told.startswith(b"{") and told.endswith(b"}}") and _is_one_value(told[:-1])):
             return b"%b,%b" % (head, dumps(words)[1:])

@@ -37,18 +37,23 @@ _MARK = b"\\" + MARK.encode()
 _PADDED = b"padding" + secrets.token_hex(8).encode()
 _MARKS = re.compile(re.escape(_MARK) + b"|" + _PADDED)
 _MARKS_REWRITTEN = re.compile(MARK.encode())
+_BACKSLASH, _CR, _LF = b"\\\r\n"
 _DATA, _BLANK = b"data: ", b"\n\n"
 """An event of one line begins and ends so."""
-_parsed = orjson.loads
 
 
 class Template:
-    """`read` a chunk: its text and the bytes that leave for it, or None for a chunk that is not like this one."""
+    """`read` a chunk: its text and the bytes that leave for it, or None for a chunk that is not like this one.
+
+    One event of the plain kind is `before`, a JSON string and `behind`, `around` bytes and the string; it leaves with
+    other bytes around the string if it is `changed`. From `shortest_two` bytes on a piece may be more than one, and so
+    may any piece if the chunk is not plain.
+    """
 
     __slots__ = (
-        *("_between", "_changed", "_end", "_event_end", "_event_start", "_head", "_leaving", "_leaving_between"),
-        *("_around", "_leaving_end", "_leaving_start", "_middle", "_one_line", "_rewritten", "_shortest_two", "_start"),
-        *("_string_end", "_string_start", "_tail"),
+        *("_between", "_end", "_event_end", "_event_start", "_head", "_leaving", "_leaving_between", "_leaving_end"),
+        *("_leaving_start", "_middle", "_one_line", "_rewritten", "_start", "_string_end", "_string_start", "_tail"),
+        *("around", "before", "behind", "changed", "leaving_before", "leaving_behind", "shortest_two"),
     )
 
     def __init__(self, parts: list[bytes], leaving: list[bytes], *, rewritten: bool) -> None:
@@ -60,33 +65,21 @@ class Template:
         self._start = len(self._head) - 1
         self._end = 1 - len(self._tail)
         self._leaving = leaving
-        self._changed = rewritten or leaving != parts
+        self.changed = rewritten or leaving != parts
         self._rewritten = rewritten
         text = b"".join(parts)  # nothing leaves on more lines than it came on
-        self._one_line = not (b"\n" in text or b"\r" in text)
+        self._one_line = not (_LF in text or _CR in text)
         self._event_start = _DATA + self._head
         self._event_end = self._tail + _BLANK
         self._between = self._event_end + self._event_start
         self._string_start = len(_DATA) + self._start
         self._string_end = self._end - len(_BLANK)
-        self._around = len(self._between)
-        self._shortest_two = 2 * self._around if self._one_line and not (self._middle or rewritten) else 0
+        self.around = len(self._between) - 2
+        self.shortest_two = 2 * len(self._between) if self._one_line and not (self._middle or rewritten) else 0
         self._leaving_start, self._leaving_end = _DATA + leaving[0], leaving[-1] + _BLANK
+        self.before, self.behind = self._event_start[:-1], self._event_end[1:]
+        self.leaving_before, self.leaving_behind = self._leaving_start[:-1], self._leaving_end[1:]
         self._leaving_between = self._leaving_end + self._leaving_start
-
-    def event(self, piece: bytes) -> tuple[str, bytes] | None:
-        """`events` for what is too short to be more than one of them. None: see whether `events` knows it."""
-        size = len(piece)
-        if size >= self._shortest_two:
-            return None
-        inside = piece.removeprefix(self._event_start).removesuffix(self._event_end)
-        if size - len(inside) != self._around:
-            return None
-        try:
-            text = _parsed(b'"' + inside + b'"')
-        except orjson.JSONDecodeError:
-            return None
-        return text, b"".join((self._leaving_start, inside, self._leaving_end)) if self._changed else piece
 
     def events(self, piece: bytes) -> tuple[list[str], bytes] | None:
         """Whole events of such chunks and nothing else, as one read of a socket brings them: their texts, and the
@@ -98,7 +91,7 @@ class Template:
         string = piece[self._string_start : self._string_end]
         inside = string[1:-1].split(self._between)
         if len(inside) > 1:
-            if b"\\" in string:
+            if _BACKSLASH in string:
                 return self._one_by_one(piece)
             string = b'["%b"]' % b'","'.join(inside)  # as many strings as that, or one of them was none
         try:
@@ -109,7 +102,7 @@ class Template:
             texts = [texts]
         elif len(texts) != len(inside):
             return None
-        if not self._changed:
+        if not self.changed:
             return texts, piece
         leaving = inside[0] if len(inside) == 1 else self._leaving_between.join(inside)
         return texts, b"%b%b%b" % (self._leaving_start, leaving, self._leaving_end)
@@ -123,7 +116,7 @@ class Template:
                 return None
             texts.append(found[0])
             leaving.append(found[1])
-        if not self._changed:
+        if not self.changed:
             return texts, piece
         return texts, b"%b%b%b" % (_DATA, (_BLANK + _DATA).join(leaving), _BLANK)
 
@@ -139,7 +132,7 @@ class Template:
             return None
         if self._rewritten:  # an empty text may not need the repair
             return (text, orjson.dumps(text)[1:-1].join(self._leaving)) if text else None
-        return text, string[1:-1].join(self._leaving) if self._changed else raw
+        return text, string[1:-1].join(self._leaving) if self.changed else raw
 
     def _read_padded(self, raw: bytes) -> tuple[str, bytes] | None:
         stop = raw.find(self._middle, self._start)
@@ -151,7 +144,7 @@ class Template:
             return None
         if not padding.isalnum():
             return None
-        if not self._changed:
+        if not self.changed:
             return text, raw
         head, middle, tail = self._leaving
         return text, b"".join((head, string[1:-1], middle, padding, tail))
@@ -166,7 +159,7 @@ def around_text(raw: bytes, data: Mapping[str, Any]) -> tuple[str, list[bytes]] 
     """
     [choice, *more] = data["choices"]
     delta = choice.get("delta")
-    if more or not isinstance(delta, dict) or b"\\" in raw:
+    if more or not isinstance(delta, dict) or _BACKSLASH in raw:
         return None
     told = [*delta] if len(delta) == 1 else [key for key, value in delta.items() if value is not None]
     if len(told) != 1 or (key := told[0]) not in _USUAL_TEXTS:

@@ -5,7 +5,8 @@ an example fails, and so does a statement of which nobody would notice that it n
 
 Ann has one of everything, and `canary` is in all of it. Bob tries her ids, and ids that nobody has: both must look the
 same to him and leave every table as it was. Of the attacks in the project's list, A21 (live streams), A22
-(`previous_response_id`) and A23 (`Idempotency-Key`) have nothing to attack yet; A30 is in tests_standalone/system.
+(`previous_response_id`) and A23 (`Idempotency-Key`) have nothing to attack yet; A30 (many users at once, who leave at
+any moment) is tests_standalone/system/test_canaries.py.
 """
 
 from __future__ import annotations
@@ -100,6 +101,32 @@ LISTS = (
     *("/v1/chat/completions?order=desc&metadata[canary]=canary", "/v1/chat/completions?model=echo"),
     *("/conversations/own/messages", "/conversations/forged/messages", "/sessions/{own_session}"),
 )
+PLAIN: Mapping[str, str] = {
+    **dict.fromkeys(("/conversations", "/v1/chat/completions"), OWNED),
+    **dict.fromkeys(("/admin/backends", "/admin/keys", "/admin/users", "/metrics"), ADMIN),
+    **dict.fromkeys(("/", "/health", "/health/live", "/health/ready", "/v1/models"), NOBODYS),
+}
+"""What can be read without naming anything."""
+LISTED = (
+    *("/conversations", "/conversations/own/messages", "/users/me/sessions", "/users/me/stats"),
+    *("/v1/chat/completions", "/v1/chat/completions/{own_completion}/messages", "/sessions/{own_session}"),
+)
+OTHERS_WISHES = (
+    *("user=ann", "user_id=ann", "owner=ann", "tenant=ann", "tenant_id=ann", "end_user=ann", "key_id={key}", "all=1"),
+    *("sort=user_id", "sort=-created_at", "sort_by=title", "order_by=user_id", "orderBy=1", "sort[user_id]=asc"),
+    *("q=canary", "search=canary", "query=canary", "filter=user_id", "where=1=1", "fields=user_id", "include=all"),
+)
+"""What no list takes: another owner, a column to sort by, a search."""
+USUAL_VALUES = (
+    *("order=asc", "order=desc", "tag=x", "session_id=x", "pinned=true", "archived=all", "archived=true", "after=x"),
+    *("model=x", "metadata[x]=y", "order=desc&model=x"),
+)
+ODD_VALUES = (
+    *("order=user_id", "order=asc,user_id", "order=DESC", "order=desc;DROP TABLE messages", "order=asc--", "order="),
+    *("limit=1 OR 1=1", "limit=-1", "limit=101", "limit=1e9", "limit=1;--", "after=' OR '1'='1", "after=%", "after=*"),
+    *("tag=' OR '1'='1", "tag=%", "session_id=' OR '1'='1", "session_id=%", "archived=all' OR '1'='1", "pinned=1"),
+    *("model=' OR '1'='1", "model=%", "metadata[of]=' OR '1'='1", "metadata[' OR '1'='1]=x", "metadata[%]=%"),
+)
 CURSORS = (
     *("/conversations?after={conversation}", "/conversations?after={deleted}", "/users/me/sessions?after={session}"),
     *("/v1/chat/completions?order=desc&after={completion}", "/v1/chat/completions?after={completion}"),
@@ -188,7 +215,7 @@ async def peopled(app: App) -> World:
     world = World(app, await keyed(app, "ann"), await keyed(app, "bob"))
     world.ids = await settled(world, "ann", world.ann, CANARY)
     own = await settled(world, "bob", world.bob, "bobs")
-    world.ids["own_session"] = own["session"]
+    world.ids |= {"own_session": own["session"], "own_completion": own["completion"]}
     for name in ("own", "forged"):
         made = await world.ask(world.bob, "POST", "/conversations", {"id": name, "title": "bobs"})
         assert made.status == 200, made.body
@@ -415,6 +442,72 @@ def test_every_module_that_asks_for_a_user_is_tried() -> None:
 
 async def test_a19_nothing_foreign_is_read_changed_or_counted(world: World) -> None:
     assert await violations(world) == []
+
+
+def test_a25_every_list_is_tried() -> None:
+    """A route that comes without a parameter, and so without an example, says here whose things it tells."""
+    paths = {path for dialect in DIALECTS for method, path, *_ in dialect.ENDPOINTS if method == "GET"}
+    assert {path for path in paths if "{" not in path} == set(PLAIN)
+    assert {path for path, kind in PLAIN.items() if kind == OWNED} <= set(LISTS) & set(LISTED)
+
+
+async def test_a25_what_needs_no_id_tells_nothing_of_others(world: World) -> None:
+    for path, kind in PLAIN.items():
+        answer = await world.ask(world.bob, "GET", path)
+        assert answer.status == (403 if kind == ADMIN else 200), path
+        assert not [known for known in (*world.known, "ann") if known in answer.body.decode()], path
+
+
+async def test_a25_no_list_takes_another_owner_a_column_or_a_search(world: World) -> None:
+    """It is refused, or makes no difference."""
+    for path in (path.format_map(world.ids) for path in LISTED):
+        usual = (await world.ask(world.bob, "GET", path)).body
+        assert b"bob" in usual, path
+        for wish in OTHERS_WISHES:
+            answer = await world.ask(world.bob, "GET", f"{path}?{wish.format_map(world.ids)}")
+            assert answer.status == 400 or (answer.status, answer.body) == (200, usual), (path, wish)
+
+
+async def test_a25_no_value_reaches_the_sql(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database is asked what it is asked for any list, and the answer is bob's own."""
+    asked: set[str] = set()
+    before, fetch = await dump(world.database), world.database.fetch
+
+    async def heard(sql: str, *values: Any) -> Any:
+        if "gateway_state" not in sql:  # which somebody looks at twice a second
+            asked.add(sql)
+        return await fetch(sql, *values)
+
+    monkeypatch.setattr(world.database, "fetch", heard)
+    for path in (path.format_map(world.ids) for path in LISTED):
+        asked.clear()
+        for usual in USUAL_VALUES:
+            await world.ask(world.bob, "GET", f"{path}?{usual}")
+        known, own = frozenset(asked), _ids((await world.ask(world.bob, "GET", path)).json)
+        for odd in ODD_VALUES:
+            answer = await world.ask(world.bob, "GET", f"{path}?{odd}")
+            assert answer.status == 400 or (answer.status == 200 and _ids(answer.json) <= own), (path, odd)
+            assert not [name for name in world.known if name in answer.body.decode()], (path, odd)
+        assert asked == known
+        assert known
+    monkeypatch.undo()
+    assert _changes(before, await dump(world.database), "a list") == []
+
+
+async def test_a25_a_foreign_cursor_of_a_stored_completions_messages(world: World) -> None:
+    path = f"/v1/chat/completions/{world.ids['own_completion']}/messages"
+    answers = []
+    for completion in (world.ids["completion"], guessed(world.ids["completion"])):
+        answer = await world.ask(world.bob, "GET", f"{path}?after={completion}-0")
+        answers.append((answer.status, answer.body.replace(completion.encode(), b"<id>")))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 400
+    assert (await world.ask(world.bob, "GET", f"{path}?after={world.ids['own_completion']}-0")).status == 200
+
+
+def _ids(found: Any) -> set[str]:
+    """Of what a list holds; of anything else all that it says."""
+    return {one["id"] for one in found["data"]} if "data" in found else {json.dumps(found)}
 
 
 async def test_ann_finds_all_of_it_herself(world: World) -> None:

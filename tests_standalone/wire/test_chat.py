@@ -372,6 +372,7 @@ class TestUsage:
             assert Usage.read(given) == Usage(7, 5)
 
     def test_details_larger_than_the_totals(self) -> None:
+        """A99."""
         told = {
             "prompt_tokens": 10,
             "completion_tokens": 5,

@@ -294,12 +294,14 @@ class TestUsage:
             "7",
             USAGE | {"prompt_tokens": -1},
             USAGE | {"completion_tokens": 10**12},
+            USAGE | {"completion_tokens": 10**30},
             USAGE | {"prompt_tokens": "3"},
             USAGE | {"prompt_tokens": None},
             {"completion_tokens": 4},
         ],
     )
     def test_what_cannot_be_true_is_taken_out(self, told: object) -> None:
+        """A99."""
         assert repaired(reply(said(text()), usage=told)) == NAME | {"choices": [said(text())]}
 
     def test_groqs(self) -> None:

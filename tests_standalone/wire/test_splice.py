@@ -236,5 +236,5 @@ def test_new_values_in_their_places_or_after_a_look_at_all(raw: bytes, changes: 
     data = loads(raw)
     replaced = {key: text for key, text in changes.items() if key in data}
     if replaced:
-        quickly = splice._with_values(raw, replaced)
+        quickly = splice._with_values(raw, data, replaced)
         assert quickly in (None, splice._rewritten(raw, data, replaced))

@@ -299,6 +299,7 @@ class TestBrokenUpstreams:
     @pytest.mark.parametrize("bad", [{}, {"prompt_tokens": -1}, {"prompt_tokens": 10**30}, {"prompt_tokens": "3"}])
     @pytest.mark.parametrize("wants_usage", [False, True])
     def test_usage_that_cannot_be_true_is_not_passed_on(self, wants_usage: bool, bad: Json) -> None:
+        """A99."""
         told = {"completion_tokens": 4} | bad
         assert read(run(STOP, usage_chunk(told), wants_usage=wants_usage))[-1]["usage"]["prompt_tokens"] == 100
         out = read(run(STOP, usage_chunk(USAGE), usage_chunk(told), wants_usage=wants_usage))
@@ -373,6 +374,7 @@ class TestBrokenUpstreams:
         [({"prompt_tokens": 0, "completion_tokens": 0}, Usage(3, 4)), ({"completion_tokens": 0}, Usage(3, 0))],
     )
     def test_usage_that_shrinks(self, later: Json, counts: Usage) -> None:
+        """A99."""
         stream = ChatStream(wants_usage=True)
         stream.feed([made(usage_chunk(USAGE)), made(usage_chunk(USAGE | later))])
         assert stream.usage == counts

@@ -395,7 +395,7 @@ def passed(pieces: list[bytes], *, wants_usage: bool, operation: str, whole: boo
     decoder, stream = SSEDecoder(), ChatStream(wants_usage=wants_usage, operation=operation)
     out: list[bytes] = []
     for piece in pieces:
-        leaving = stream.pass_piece(piece) if whole and decoder.may_pass(piece) else None
+        leaving = stream.pass_piece(piece) if whole and len(piece) <= decoder.may_pass else None
         try:
             if leaving is None:
                 leaving = stream.feed([Chunk(raw=payload) for payload in decoder.feed(piece)])
@@ -411,6 +411,11 @@ class TestPieces:
     def stream(self, **more: Any) -> ChatStream:
         stream = ChatStream(wants_usage=False)
         stream.feed([Chunk(raw=BEGIN), Chunk(raw=compact(chunk({"content": "a"}, **more)))])
+        return stream
+
+    def knowing(self, template: Template) -> ChatStream:
+        stream = ChatStream(wants_usage=False)
+        stream._template, stream._texts = template, [[]]
         return stream
 
     @pytest.mark.parametrize("chunks", [[A], [B], [QUOTED], [A, B], [A, A, B, A], [QUOTED, QUOTED]])
@@ -477,19 +482,25 @@ class TestPieces:
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_an_event_takes_one_way_alone_and_another_in_company(self, count: int) -> None:
-        """Both give the same; `event` is for one of the plain kind."""
+        """Both give the same."""
         parts = [b'{"t":"', b'","u":null}']
         for leaving in (parts, [b'{"t":"', b'"}']):
             template = Template(parts, leaving, rewritten=False)
             piece = events(*[b'{"t":"a\\n\xc3\xa9","u":null}'] * count)
-            one, all_of_them = template.event(piece), template.events(piece)
+            stream, all_of_them = self.knowing(template), template.events(piece)
             assert all_of_them is not None
-            assert one == ((all_of_them[0][0], all_of_them[1]) if count == 1 else None)
+            assert stream.pass_piece(piece) == all_of_them[1]
+            assert stream._texts == [all_of_them[0]]
 
     @pytest.mark.parametrize("inside", [b"a\n", b'"', b'a","b":"c', b"\\", b"\\ud83d", b"\xc3", b'" ', b' "'])
     def test_what_is_no_text_is_no_event(self, inside: bytes) -> None:
         template = Template([b'{"t":"', b'"}'], [b'{"t":"', b'"}'], rewritten=False)
-        assert template.event(b'data: {"t":"%b"}\n\n' % inside) is None
+        assert self.knowing(template).pass_piece(b'data: {"t":"%b"}\n\n' % inside) is None
+
+    @pytest.mark.parametrize("value", [b"null", b"1", b'["a"]', b'{"a":"b"}', b'\n"a"', b'"a"\n', b' "a"', b""])
+    def test_nor_is_another_value_or_one_with_blanks(self, value: bytes) -> None:
+        template = Template([b'{"t":"', b'"}'], [b'{"t":"', b'"}'], rewritten=False)
+        assert self.knowing(template).pass_piece(b'data: {"t":%b}\n\n' % value) is None
 
     def test_an_answer_that_is_too_long_takes_the_long_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stream_module, "_MOST_CHARACTERS", 3)
