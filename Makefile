@@ -8,7 +8,7 @@ MINUTES ?= 20
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint conformance bench bench-peers soak history
+.PHONY: help run test lint conformance bench bench-peers soak history canaries
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ soak: $(VENV)/installed-test ## the gateway at half load for 20 minutes (MINUTES
 
 history: $(VENV)/installed-test ## 10,000 operations of many clients, workers killed in between, and a check of what is kept
 	HISTORY_OPERATIONS=10000 $(BIN)/python -m pytest tests_standalone/system/test_history.py $(ARGS)
+
+canaries: $(VENV)/installed-test ## 500 clients that leave at any moment, for 10 minutes: nobody gets a word of another's
+	CANARY_SECONDS=600 $(BIN)/python -m pytest -s tests_standalone/system/test_canaries.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml | $(BIN)/pip
 	$(PIP) --editable .

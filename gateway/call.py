@@ -27,8 +27,17 @@ from gateway.admission import Admission
 from gateway.auth import Caller
 from gateway.catalog import Catalog, Model, Route
 from gateway.drain import Drain
-from gateway.errors import UNSENT, BadRequest, GatewayError, NeverSent, Unavailable, UpstreamError, UpstreamUnreachable
-from gateway.ledger import Ledger, Turn
+from gateway.errors import (
+    UNSENT,
+    BadRequest,
+    GatewayError,
+    NeverSent,
+    Unavailable,
+    UntrueUsage,
+    UpstreamError,
+    UpstreamUnreachable,
+)
+from gateway.ledger import Ledger
 from gateway.metering import Meter, Outcome, nothing
 from gateway.store.stored import StoredCompletion
 from gateway.store.usage import UsageRow
@@ -36,6 +45,7 @@ from gateway.stored import Keep
 from gateway.talks import Talk
 from gateway.tickets import Demand, Ticket
 from gateway.tokens import TokenCounter
+from gateway.turns import Turn
 from gateway.wire.chat import ChatRequest, Message, Usage
 from gateway.wire.operation import OperationRequest
 
@@ -323,6 +333,12 @@ class Call(Generic[R]):
         outcome.status, outcome.finish_reason = "error", "error"
         self._relay.failed(self.route.backend.name, failure)
 
+    def _doubt_usage(self) -> None:
+        """The upstream has told a usage that cannot be true. It is not believed, and somebody should know."""
+        assert self.route is not None
+        log.warning("%s told a usage that cannot be true", self.route.backend.name)
+        self._relay.failed(self.route.backend.name, UntrueUsage("The upstream told a usage that cannot be true."))
+
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -336,7 +352,7 @@ def _names_others(request: ChatRequest | OperationRequest) -> bool:
     """Might an upstream that reads a doubled key in its own way find another model in it?"""
     if isinstance(request, OperationRequest) and request.form is not None:
         return False  # it cannot be named twice there
-    return request.model is not None and (request.raw.count(b'"model"') > 1 or b"\\u006" in request.raw)
+    return request.model is not None and (request.raw.count(b'"model"') > 1 or request.raw.find(b"\\u006") >= 0)
 
 
 def _refused(failure: GatewayError) -> bool:

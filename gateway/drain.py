@@ -25,29 +25,11 @@ class Drain:
         for stop in tuple(self._running):
             stop()
 
-    def entered(self, stop: Callable[[], None]) -> _Entered:
-        """While inside, `stop` is called when the time is up (at once if it is already)."""
-        return _Entered(self, stop)
-
     def enter(self, stop: Callable[[], None]) -> None:
-        """What `entered` does at first; then `leave` is to follow."""
+        """Until `leave`, `stop` is called when the time is up (at once if it is already)."""
         if self._cut:
             stop()
         self._running.add(stop)
 
     def leave(self, stop: Callable[[], None]) -> None:
         self._running.discard(stop)
-
-
-class _Entered:
-    __slots__ = ("_drain", "_stop")
-
-    def __init__(self, drain: Drain, stop: Callable[[], None]) -> None:
-        self._drain = drain
-        self._stop = stop
-
-    def __enter__(self) -> None:
-        self._drain.enter(self._stop)
-
-    def __exit__(self, *raised: object) -> None:
-        self._drain.leave(self._stop)

@@ -21,6 +21,7 @@
         UpstreamTimeout       504
         UpstreamUnreachable   502  nothing was sent: safe to try elsewhere
           NeverSent           502  because the call was ended first
+        UntrueUsage           502  never raised: it answered, and told token counts that cannot be true
 
 Each class knows its HTTP status and OpenAI's `type` and `code`; each dialect knows the shape of the body.
 A message never holds a key, a path of this machine, a class name or a traceback. `log` may say more: it goes
@@ -56,6 +57,7 @@ __all__ = [
     "Unavailable",
     "Unprocessable",
     "UnsupportedMediaType",
+    "UntrueUsage",
     "UpstreamError",
     "UpstreamTimeout",
     "UpstreamUnreachable",
@@ -273,6 +275,10 @@ class UpstreamTimeout(UpstreamError):
 
 class UpstreamUnreachable(UpstreamError):
     """No connection could be made, so the request is known to be unsent."""
+
+
+class UntrueUsage(UpstreamError):
+    """A count that cannot be true. The call goes on, and its tokens are counted by us: it is told, never raised."""
 
 
 class NeverSent(UpstreamUnreachable):

@@ -9,10 +9,11 @@ limits, all or nothing.
   At most `MOST_WAITING` turns and `MOST_WAITING_BYTES` are kept; beyond that `record` refuses at once.
 - While commits fail, `check` raises: nothing new is started that could not be recorded.
 - A batch that failed is halved, and a large one has more time: a slow line cannot wedge it for good.
-- On a data error the batch is tried again turn by turn, and only the culprit fails: its figures go to the log.
+- On a data error the batch is halved until the culprit is alone, and only that fails: its figures go to the log.
 - A turn that goes on from a message that is not the last any more (`ConversationTurn.after`) is written as a branch;
   one that was to make a conversation goes into that of its name, if somebody has made it meanwhile and it is empty.
 - A commit whose answer was lost is tried again: its usage rows are there already, which says that all of it is.
+- Conflicts of these two kinds are looked for in the whole batch at once (`late_turns`), which then goes on together.
 """
 
 from __future__ import annotations
@@ -21,21 +22,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Protocol
 
+from gateway import late_turns
 from gateway.current_sessions import IDLE_MS, CurrentSessions
 from gateway.errors import DatabaseUnavailable, NotRecorded
-from gateway.limits import Settlement, summed
-from gateway.store import conversations, limits, sessions, stored, turn_leases, usage
-from gateway.store.conversations import ConversationTurn
-from gateway.store.database import AlreadyThere, Database, RowRejected, Step
-from gateway.store.sessions import SessionTotals
-from gateway.store.stored import StoredCompletion
-from gateway.store.turn_leases import Lease
-from gateway.store.usage import UsageRow
+from gateway.limits import Settlement
+from gateway.store import usage
+from gateway.store.database import AlreadyThere, Database, RowRejected
 from gateway.talks import branched
+from gateway.turns import Turn, figures, name_rows, size_of, steps
 
 log = logging.getLogger("gateway.ledger")
 
@@ -48,26 +45,6 @@ COMMIT_SECONDS = 5.0
 BYTES_PER_SECOND = 1 << 20
 """What a commit gets on top of its seconds: the slowest line that is worth waiting for."""
 RETRY_PAUSE = 0.25
-
-
-@dataclass(slots=True)
-class Turn:
-    """What one logical request leaves behind."""
-
-    usage: Sequence[UsageRow]
-    conversation: ConversationTurn | None = None
-    settlements: Sequence[Settlement] = ()
-    """What becomes of what it held of its limits."""
-    stored: StoredCompletion | None = None
-    """Its answer, if it was asked for with `store: true`."""
-    settled: bool = field(default=False, compare=False)
-    """It is durable, or never will be."""
-    waiter: asyncio.Future[None] | None = field(default=None, compare=False)
-    give_up_at: float = field(default=0.0, compare=False)
-    """When the waiter is told that it takes too long, by the loop's clock."""
-
-    size: int = field(default=0, compare=False)
-    """Bytes of content, about; known once it is recorded."""
 
 
 _SIZE: Callable[[Turn], int] = attrgetter("size")
@@ -129,7 +106,7 @@ class Ledger:
                 self._timer.cancel()
             for turn in self._waiting:
                 if not turn.settled:
-                    log.error("turn not recorded: %s", _figures(turn))
+                    log.error("turn not recorded: %s", figures(turn))
                     _settle(turn, NotRecorded(log="the gateway ends and the database takes nothing"))
 
     @property
@@ -161,10 +138,10 @@ class Ledger:
 
     def _accepted(self, turn: Turn) -> asyncio.Future[None]:
         """What the turn's caller waits for; who stops waiting takes nothing but this along."""
-        size = turn.size = _size(turn)
+        size = turn.size = size_of(turn)
         full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + size > MOST_WAITING_BYTES
         if (full and self._waiting) or self._task is None or self._task.done():
-            log.error("turn not recorded, no room: %s", _figures(turn))
+            log.error("turn not recorded, no room: %s", figures(turn))
             self._lost(turn.settlements)
             raise NotRecorded(log="the ledger takes no more turns")
         loop = self._loop
@@ -225,18 +202,42 @@ class Ledger:
                 return self._waiting[:count]
         return self._waiting[: self._most_in_batch]
 
-    async def _commit(self, batch: list[Turn]) -> None:
+    async def _commit(self, batch: list[Turn], *, sort_out: bool = True) -> None:
         """Settles every turn of the batch. Raises DatabaseUnavailable if the database took none of the rest."""
+        batch = [turn for turn in batch if not turn.settled]
+        if len(batch) < 2:
+            for turn in batch:
+                await self._commit_alone(turn)
+            return
         try:
             await self._write(batch)
         except DatabaseUnavailable:
             raise
-        except Exception:  # whatever one turn holds must not cost the others theirs
-            for turn in batch:
-                await self._commit_alone(turn)
+        except Exception as failure:  # whatever one turn holds must not cost the others theirs, nor much of their time
+            if sort_out and isinstance(failure, AlreadyThere) and await self._sorted_out(batch):
+                await self._commit(batch, sort_out=False)
+                return
+            half = len(batch) // 2
+            await self._commit(batch[:half])
+            await self._commit(batch[half:])
         else:
             for turn in batch:
                 _settle(turn, None)
+
+    async def _sorted_out(self, batch: Sequence[Turn]) -> bool:
+        """After a conflict: settles what is durable already, and changes what somebody was quicker than. False: there
+        is nothing like that."""
+        there = await usage.existing(self._database, [turn.usage[0].id for turn in batch])
+        left = [turn for turn in batch if turn.usage[0].id not in there]
+        for turn in batch:
+            if turn.usage[0].id in there:
+                _settle(turn, None)
+        changed = await late_turns.sort_out(
+            self._database, [turn.conversation for turn in left if turn.conversation is not None]
+        )
+        for turn in left:
+            name_rows(turn)
+        return bool(there or changed)
 
     async def _commit_alone(self, turn: Turn) -> None:
         if turn.settled:
@@ -250,31 +251,21 @@ class Ledger:
                 if await usage.exists(self._database, turn.usage[0].id):
                     _settle(turn, None)
                     return
-                if await self._joined(turn) or _made_a_branch(turn):
+                talk = turn.conversation
+                if talk is not None and (await late_turns.joined(self._database, talk) or branched(talk)):
+                    name_rows(turn)
                     await self._commit_alone(turn)
                     return
             known = isinstance(failure, RowRejected)
-            log.error("turn not recorded (%s): %s", failure, _figures(turn), exc_info=not known)
+            log.error("turn not recorded (%s): %s", failure, figures(turn), exc_info=not known)
             _settle(turn, NotRecorded(log=str(failure)))
             self._lost(turn.settlements)
         else:
             _settle(turn, None)
 
-    async def _joined(self, turn: Turn) -> bool:
-        """Is it now the first turn of an empty conversation, which somebody has made under its name meanwhile?"""
-        talk = turn.conversation
-        if talk is None or not talk.is_new or talk.after != 0 or talk.parent is not None:
-            return False
-        found = await conversations.find_chains(self._database, talk.user_id, talk.id, 1)
-        if found is None or found.message_count:
-            return False
-        talk.pk, talk.session_id, talk.is_new = found.pk, found.session_id, False
-        talk.gives_title = found.title is None
-        return True
-
     async def _write(self, batch: Sequence[Turn]) -> None:
         await self._give_sessions(batch)
-        await self._database.write(_steps(batch), timeout=COMMIT_SECONDS + _bytes(batch) / BYTES_PER_SECOND)
+        await self._database.write(steps(batch), timeout=COMMIT_SECONDS + _bytes(batch) / BYTES_PER_SECOND)
 
     async def _give_sessions(self, batch: Sequence[Turn]) -> None:
         """A new conversation joins its user's session."""
@@ -291,74 +282,8 @@ class Ledger:
                 row.session_id = talk.session_id
 
 
-def _made_a_branch(turn: Turn) -> bool:
-    if turn.conversation is None or not branched(turn.conversation):
-        return False
-    for row in turn.usage:
-        row.conversation_id = turn.conversation.id
-    return True
-
-
-def _steps(batch: Sequence[Turn]) -> list[Step]:
-    """What is written of these turns, in the order in which it must be."""
-    rows: list[UsageRow] = []
-    settlements: list[Settlement] = []
-    talks: list[ConversationTurn] = []
-    named: list[tuple[str, str]] = []
-    leases: list[Lease] = []
-    completions: list[tuple[StoredCompletion, str | None]] = []
-    for turn in batch:
-        rows += turn.usage
-        settlements += turn.settlements
-        talk = turn.conversation
-        if turn.stored is not None:
-            completions.append((turn.stored, None if talk is None else talk.id))
-        if talk is None:
-            continue
-        talks.append(talk)
-        if talk.is_named and talk.is_new and talk.session_id is not None:
-            named.append((talk.session_id, talk.pk))
-        if talk.lease is not None:
-            leases.append(talk.lease)
-    return [
-        usage.insert(rows),
-        *conversations.save(talks),
-        sessions.add_totals(_session_totals(talks)),
-        sessions.count_named(named),
-        limits.settlement_step(summed(settlements)),
-        *stored.save(completions),
-        turn_leases.release_step(leases),
-    ]
-
-
 def _bytes(batch: Sequence[Turn]) -> int:
     return sum(map(_SIZE, batch))
-
-
-def _size(turn: Turn) -> int:
-    size = 0 if turn.stored is None else turn.stored.size
-    if turn.conversation is not None:
-        for message in turn.conversation.messages or ():
-            size += len(message.content) + len(message.extra or "")
-    return size
-
-
-def _session_totals(turns: Sequence[ConversationTurn]) -> list[SessionTotals]:
-    totals: dict[str, SessionTotals] = {}
-    for turn in turns:
-        session_id = turn.session_id
-        if session_id is None:
-            continue
-        total = totals.get(session_id)
-        if total is None:
-            total = totals[session_id] = SessionTotals(session_id)
-        if turn.is_new and not turn.is_named:
-            total.conversations += 1
-        total.tokens += turn.tokens_output
-        total.cost_nanousd += turn.cost_nanousd
-        if turn.at > total.last_activity:
-            total.last_activity = turn.at
-    return list(totals.values())
 
 
 def _settle(turn: Turn, failure: NotRecorded | None) -> None:
@@ -375,12 +300,3 @@ def _settle(turn: Turn, failure: NotRecorded | None) -> None:
 def _tell(waiter: asyncio.Future[None], failure: NotRecorded) -> None:
     waiter.set_exception(failure)
     waiter.exception()  # marks it as seen: a waiter that has left must not make the loop complain
-
-
-def _figures(turn: Turn) -> str:
-    """A turn for the log: figures and ids, never content."""
-    return "; ".join(
-        f"request={row.request_id} attempt={row.attempt} user={row.user_id} model={row.model} status={row.status} "
-        f"input={row.input_tokens} output={row.output_tokens} cost_nanousd={row.cost_nanousd}"
-        for row in turn.usage
-    )

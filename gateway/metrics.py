@@ -18,7 +18,7 @@ from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway.errors import NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import NeverSent, UntrueUsage, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from gateway.metrics_files import FOLDER, prepare, read_all, take_place
 from gateway.metrics_numbers import Family, Histogram, Rows, Together
 
@@ -294,4 +294,6 @@ def _reason(failure: UpstreamError) -> str:
         return f"status_{failure.upstream_status // 100}xx"
     if isinstance(failure, UpstreamTimeout):
         return "timeout"
+    if isinstance(failure, UntrueUsage):
+        return "usage"
     return "unreachable" if isinstance(failure, UpstreamUnreachable) else "broken"

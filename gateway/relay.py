@@ -30,17 +30,19 @@ class Exchange(Call[ChatRequest]):
 
     async def complete(self) -> Reply:
         """The whole reply, recorded. Raises GatewayError."""
-        with self._relay.drain.entered(self.interrupt):
+        drain, stop = self._relay.drain, self.interrupt
+        try:
+            drain.enter(stop)
             try:
-                try:
-                    completion = await self._try_routes(self._complete_once)
-                except GatewayError as failure:
-                    raise await self._record_failure(failure) from None
-                finally:
-                    self._stop_timer()
-                return await self._record_completion(completion)
+                completion = await self._try_routes(self._complete_once)
+            except GatewayError as failure:
+                raise await self._record_failure(failure) from None
             finally:
-                self._give_back()
+                self._stop_timer()
+            return await self._record_completion(completion)
+        finally:
+            self._give_back()
+            drain.leave(stop)
 
     async def _complete_once(self, route: Route, request: ChatRequest) -> Completion:
         completion = await route.backend.complete(request)
@@ -48,9 +50,12 @@ class Exchange(Call[ChatRequest]):
             raise UpstreamError("The upstream sent something that is no valid reply.", log="no 'choices' array")
         self._served_as = told_tier(completion.data.get("service_tier"))  # before it is mended
         try:
-            return repair.completion(completion, model=route.upstream_model, at=self.job.at // 1000)
+            mended = repair.completion(completion, model=route.upstream_model, at=self.job.at // 1000)
         except StreamedError as failure:
             raise streamed_error(failure.error) from None
+        if mended is not completion and completion.data.get("usage") and mended.data.get("usage") is None:
+            self._doubt_usage()
+        return mended
 
     async def _estimate(self, answers: list[Message]) -> Usage:
         request, count = self.job.request, self._relay.counter
@@ -142,6 +147,7 @@ class StreamExchange(Exchange):
     def client_left(self) -> None:
         if self._stream is not None:
             self._seen_when_left = self._editor.answer.characters
+            self._editor.pass_no_pieces()  # `_pass_on` looks how much is read on
         super().client_left()
 
     def _break_off(self) -> None:
@@ -175,10 +181,12 @@ class StreamExchange(Exchange):
         assert self._stream is not None
         if self._broken_off:
             await self._end_early(UpstreamError("The call was broken off."))
+        if self.stopped is not None:
+            self._editor.pass_no_pieces()
         try:
             push = getattr(self._stream, "push", None)
             if write is not None and push is not None and self._editor.failure is None:
-                await push(partial(self._pass_on, write), self._events_passer(write))
+                await push(partial(self._pass_on, write), partial(self._editor.pass_piece, write))
             if self._editor.failure is not None:
                 raise _as_upstream_error(self._editor.failure)
             chunks = await self._stream.read()
@@ -199,20 +207,6 @@ class StreamExchange(Exchange):
         if self.stopped is not None:
             self._bound_drain()
         return (not leaving or write(leaving)) and self._editor.failure is None
-
-    def _events_passer(self, write: Callable[[bytes], bool]) -> Callable[[bytes], bool | None]:
-        """The shortest way of the usual chunk."""
-        pass_piece = self._editor.pass_piece
-
-        def pass_events(events: bytes) -> bool | None:
-            leaving = pass_piece(events)
-            if leaving is None:
-                return None
-            if self.stopped is not None:
-                self._bound_drain()
-            return write(leaving)
-
-        return pass_events
 
     def _feed(self, chunks: Sequence[Chunk]) -> bytes:
         try:
@@ -262,6 +256,8 @@ class StreamExchange(Exchange):
 
     async def _stream_outcome(self) -> Outcome:
         editor = self._editor
+        if editor.usage_doubted:
+            self._doubt_usage()
         told, answer = editor.usage, editor.answer
         answers = [answer.message(index) for index in answer.indexes] if told is None else []  # to be estimated
         outcome = await self._outcome(told, answers, editor.finish_reason)

@@ -43,12 +43,13 @@ CORE = (
         "key_rules",
         "key_watch",
         "known_keys",
+        "late_turns",
         "ledger",
         "limits",
     ),
     *("limits_*", "metering", "metrics", "metrics_*", "operations", "price_table", "pricing", "pulse", "relay"),
     *("rounds", "slices", "tickets", "stored", "tokens", "wrong_keys"),
-    *("purge", "talks", "threads", "turn_leases", "user_deletion", "window"),
+    *("purge", "talks", "threads", "turn_leases", "turns", "user_deletion", "window"),
 )
 WEB = ("middleware", "responses")
 WIRE = ("wire", "wire.*")

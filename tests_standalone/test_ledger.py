@@ -14,7 +14,7 @@ import pytest
 from gateway import ledger as ledgers
 from gateway.current_sessions import IDLE_MS
 from gateway.errors import DatabaseUnavailable, NotRecorded
-from gateway.ledger import Ledger, Turn
+from gateway.ledger import Ledger
 from gateway.limits import Settlement
 from gateway.store import conversation_edits, turn_leases
 from gateway.store.conversation_edits import NewConversation
@@ -22,6 +22,7 @@ from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database, Step
 from gateway.store.turn_leases import Lease
 from gateway.store.usage import UsageRow
+from gateway.turns import Turn, figures
 from tests_standalone.conftest import NOON, Unsteady, eventually, opened, rows, settle, usage_row
 
 TOTALS = "SELECT message_count, total_tokens_input, total_tokens_output, total_cost_nanousd FROM conversations"
@@ -93,6 +94,11 @@ async def held(ledger: Ledger, unsteady: Unsteady, *turns: Turn) -> list[asyncio
     unsteady.let_go()
     await first
     return tasks
+
+
+def commits(unsteady: Unsteady) -> int:
+    """Of turns."""
+    return sum(any("usage_rows" in sql for sql, _ in steps) for steps in unsteady.written)
 
 
 # Durable, and only then acknowledged
@@ -270,6 +276,16 @@ async def test_one_culprit_does_not_cost_the_others_theirs(
     assert await rows(migrated, TOTALS) == [(10, 50, 25, 5000)]
     ((line,),) = [[record.getMessage() for record in caplog.records if "req_culprit" in record.getMessage()]]
     assert "user=ann" in line
+
+
+async def test_a_culprit_costs_the_others_few_commits(ledger: Ledger, unsteady: Unsteady, migrated: Database) -> None:
+    """Found by halves: not a commit for each of the others."""
+    good = [turn(talk()) for _ in range(63)]
+    culprit = turn(talk(), model=None)
+    before = commits(unsteady) + 1
+    await asyncio.gather(*await held(ledger, unsteady, *good[:20], culprit, *good[20:]), return_exceptions=True)
+    assert ids(*good) < await usage_ids(migrated)
+    assert commits(unsteady) - before <= 2 * 6 + 1
 
 
 async def test_a_culprit_is_told_once_and_not_kept(ledger: Ledger, unsteady: Unsteady, migrated: Database) -> None:
@@ -503,7 +519,7 @@ async def test_what_a_refused_turn_held_is_given_back(unsteady: Unsteady, monkey
 
 def test_what_is_logged_of_a_turn_is_no_content() -> None:
     found: UsageRow = usage_row(request_id="req_1", end_user="kid@example.com", finish_reason="stop")
-    line = ledgers._figures(Turn([found], talk()))
+    line = figures(Turn([found], talk()))
     assert line.startswith("request=req_1 attempt=1 user=ann model=m status=ok input=10 output=5 cost_nanousd=1000")
     assert "text" not in line
     assert "kid" not in line
@@ -667,6 +683,32 @@ async def test_those_in_one_batch_do_not_mix(ledger: Ledger, unsteady: Unsteady,
     assert await rows(migrated, counts) == [(2,)] * 7 + [(4,)]
     assert await usage_ids(migrated) >= ids(*turns)
     assert await rows(migrated, "SELECT SUM(conversation_count), SUM(total_tokens) FROM sessions") == [(8, 45)]
+
+
+async def test_conflicts_are_sorted_out_for_the_whole_batch_at_once(
+    ledger: Ledger, unsteady: Unsteady, migrated: Database
+) -> None:
+    """Of each kind: the last message is not the last any more, the name is taken, it is durable already."""
+    first = await begun(ledger)
+    await ledger.record(turn(later(first)))
+    written = turn(talk())
+    await ledger.record(written)
+    late = [turn(later(first)), turn(talk(after=0, is_named=False)), turn(talk("new", after=0, is_named=False))]
+    late.append(turn(talk("new", after=0, is_named=False)))
+    good = [turn(talk(f"other-{number}")) for number in range(40)]
+    other_user = turn(talk(user_id="ben", after=0, is_named=False), user_id="ben")
+    again = Turn(written.usage, written.conversation)
+    before = commits(unsteady) + 1
+    await asyncio.gather(*await held(ledger, unsteady, *good[:9], again, *late, other_user, *good[9:]))
+
+    assert commits(unsteady) - before == 2
+    assert await usage_ids(migrated) > ids(*good, *late, written, other_user)
+    made = [one.conversation.id for one in (late[0], late[1], late[3]) if one.conversation is not None]
+    assert sorted(row[0] for row in await rows(migrated, BRANCHES)) == sorted(made)
+    alone = "SELECT user_id, message_count, parent_id FROM conversations WHERE id IN ('new', 'chat') ORDER BY 1, id"
+    assert await rows(migrated, alone) == [("ann", 6, None), ("ann", 2, None), ("ben", 2, None)]
+    named = "SELECT COUNT(*) FROM usage_rows WHERE conversation_id = $1"
+    assert [await rows(migrated, named, name) for name in made] == [[(1,)]] * 3
 
 
 @pytest.mark.parametrize(("title", "shown"), [("Mine", "Mine"), (None, "Hello")])

@@ -12,10 +12,11 @@ from gateway.backends.base import ModelInfo
 from gateway.backends.scripted import ScriptedBackend
 from gateway.catalog import Catalog, Provider
 from gateway.errors import NeverSent, UpstreamError, UpstreamTimeout, UpstreamUnreachable
-from gateway.ledger import Ledger, Turn
+from gateway.ledger import Ledger
 from gateway.metrics import MOST_MODELS, Metrics, public_names
 from gateway.metrics_numbers import Rows
 from gateway.store.database import Database
+from gateway.turns import Turn
 from tests_standalone.conftest import Unsteady, opened, settle, usage_row
 from tests_standalone.support.gateway import ROOT
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -335,6 +336,26 @@ async def test_a_reply_without_true_usage_is_estimated_and_says_so(rig: Rig, usa
     reply = await (await rig.exchange(Upstream("up", whole("7 chars", usage)))).complete()
     assert json.loads(reply.body)["usage"] == counted((3, 2)) | {"cost": 7e-9}
     await rig.check_rows(OK_ROW | {"counted_by": "gateway", "input_tokens": 3, "output_tokens": 2, "cost_nanousd": 7})
+
+
+NEGATIVE = {"prompt_tokens": -1, "completion_tokens": 5}
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": 10, "completion_tokens": 5}, None, {}, NEGATIVE])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_somebody_hears_of_a_usage_that_cannot_be_true(
+    rig: Rig, caplog: pytest.LogCaptureFixture, usage: Any, streamed: bool
+) -> None:
+    """A99: the log and the metrics. Who tells nothing has told nothing untrue."""
+    told: list[tuple[str, str]] = []
+    rig.relay = replace(rig.relay, failed=lambda backend, failure: told.append((backend, type(failure).__name__)))
+    if streamed:
+        await drive(await rig.stream(Upstream("up", [*HELLO[:4], [{**usage_chunk(), "usage": usage}], END])))
+    else:
+        await (await rig.exchange(Upstream("up", whole("7 chars", usage)))).complete()
+    doubted = usage is NEGATIVE
+    assert told == ([("up", "UntrueUsage")] if doubted else [])
+    assert caplog.text.count("up told a usage that cannot be true") == doubted
 
 
 async def test_a_price_nobody_knows_is_null_and_flagged(rig: Rig) -> None:
@@ -1037,13 +1058,13 @@ async def test_a_call_that_has_no_answer_yet_is_cut_recorded_and_told(
     if cut_before:
         rig.drain.cut()
     exchange = await (rig.stream if streamed else rig.exchange)(Upstream("up", reads if streamed else HANG))
-    with rig.drain.entered(exchange.interrupt):
-        work = exchange.open() if isinstance(exchange, StreamExchange) else exchange.complete()
-        calling = asyncio.ensure_future(work)
-        await settle()
-        rig.drain.cut()
-        with pytest.raises(Unavailable, match="shutting down") as caught:
-            await calling
+    rig.drain.enter(exchange.interrupt)
+    work = exchange.open() if isinstance(exchange, StreamExchange) else exchange.complete()
+    calling = asyncio.ensure_future(work)
+    await settle()
+    rig.drain.cut()
+    with pytest.raises(Unavailable, match="shutting down") as caught:
+        await calling
     assert caught.value.headers["x-should-retry"] == "false"
     await rig.check_rows(*([] if cut_before else [CUT | {"input_tokens": 3, "output_tokens": 0}]))
     assert await rig.said() == ([] if cut_before else ASKED)

@@ -45,6 +45,11 @@ _FIND_CHAINS = """
     FROM conversations c LEFT JOIN messages m ON m.conversation_pk = c.pk AND m.seq > c.message_count - $3
     WHERE c.user_id = $1 AND c.id = $2 AND c.deleted_at IS NULL"""
 
+PKS_AT_ONCE = 64
+_LENGTHS = "SELECT pk, message_count FROM conversations WHERE pk IN ({})".format(
+    ", ".join(f"${place}" for place in range(1, PKS_AT_ONCE + 1))
+)
+
 _NEWEST = """
     SELECT conversation_pk, seq, {content} AS content, {extra} AS extra, chain, created_at
     FROM messages WHERE chain = {chain} AND role = 'assistant' ORDER BY created_at DESC LIMIT {most}"""
@@ -207,6 +212,16 @@ async def find(database: Database, user_id: str, conversation_id: str) -> Stored
             shared = await database.fetch(_SHARED_OF, part["pk"], part["upto"])
             messages = [*map(_message, shared), *messages]
     return StoredConversation(first["pk"], first["session_id"], messages, first["title"], first["message_count"])
+
+
+async def lengths(database: Database, pks: Sequence[str]) -> dict[str, int]:
+    """How many messages these conversations have."""
+    found: dict[str, int] = {}
+    for first in range(0, len(pks), PKS_AT_ONCE):
+        asked = pks[first : first + PKS_AT_ONCE]
+        rows = await database.fetch(_LENGTHS, *asked, *[""] * (PKS_AT_ONCE - len(asked)))
+        found.update((row["pk"], row["message_count"]) for row in rows)
+    return found
 
 
 async def find_chains(database: Database, user_id: str, conversation_id: str, most: int) -> StoredChains | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Literal
@@ -73,8 +73,24 @@ def insert(rows: Iterable[UsageRow]) -> Step:
     return INSERT, [_VALUES(row) for row in rows]
 
 
+IDS_AT_ONCE = 64
+_EXISTING = "SELECT id FROM usage_rows WHERE id IN ({})".format(
+    ", ".join(f"${place}" for place in range(1, IDS_AT_ONCE + 1))
+)
+
+
 async def exists(database: Database, row_id: str) -> bool:
     return bool(await database.fetch("SELECT 1 FROM usage_rows WHERE id = $1", row_id))
+
+
+async def existing(database: Database, row_ids: Sequence[str]) -> set[str]:
+    """Those of the rows that are there."""
+    found: set[str] = set()
+    for first in range(0, len(row_ids), IDS_AT_ONCE):
+        asked = row_ids[first : first + IDS_AT_ONCE]
+        rows = await database.fetch(_EXISTING, *asked, *[""] * (IDS_AT_ONCE - len(asked)))
+        found.update(row["id"] for row in rows)
+    return found
 
 
 async def summary(database: Database, by: Grouping, *, user_id: str | None, since: int | None) -> list[Row]:

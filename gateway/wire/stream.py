@@ -13,7 +13,7 @@ Most chunks differ from the one before in their text only and are not parsed: se
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -64,6 +64,8 @@ class ChatStream:
         self._usage_data: Mapping[str, Any] | None = None
         self.answer = Assembler()
         self.usage: Usage | None = None
+        self.usage_doubted = False
+        """Was something told that cannot be true?"""
         self.timings: object = None
         self.service_tier: str | None = None
         self.failure: StreamedError | WireError | None = None
@@ -93,16 +95,17 @@ class ChatStream:
             self._template, self.failure = None, failure
         return sse.encode(leaving)
 
-    def pass_piece(self, piece: bytes) -> bytes | None:
-        """For one read of the upstream's socket that begins and ends with an event: what `feed` would give for its
-        chunks. None: they are not of the usual kind, and nothing was done."""
+    def pass_piece(self, write: Callable[[bytes], bool], piece: bytes) -> bool | None:
+        """Writes, for one read of the upstream's socket that begins and ends with an event, what `feed` would give for
+        its chunks, and says what `write` says. None: they are not of the usual kind, and nothing was done."""
         template = self._template
         if template is None:
             return None
         string = piece.removeprefix(template.before).removesuffix(template.behind)
         size = len(piece)
         if size >= template.shortest_two or size - len(string) != template.around:
-            return self._pass_events(template, piece)
+            leaving = self._pass_events(template, piece)
+            return None if leaving is None else write(leaving)
         try:
             text = _parsed(string)
         except orjson.JSONDecodeError:
@@ -116,7 +119,11 @@ class ChatStream:
         for pieces in self._texts:
             pieces.append(text)
         answer.characters = characters
-        return template.leaving_before + string + template.leaving_behind if template.changed else piece
+        return write(template.leaving_before + string + template.leaving_behind if template.changed else piece)
+
+    def pass_no_pieces(self) -> None:
+        """From now on every chunk is taken apart."""
+        self._template, self._probes = None, _MOST_PROBES
 
     def _pass_events(self, template: Template, piece: bytes) -> bytes | None:
         usual = template.events(piece)
@@ -158,7 +165,7 @@ class ChatStream:
         self._begun = True  # the first one tells the role: no other is like it
 
     def _note(self, data: Mapping[str, Any]) -> None:
-        """Usage: the last that was told, unless it is less than what was told before."""
+        """Usage: the last that was told, and no count less than it was told before."""
         tier = data.get("service_tier")
         if isinstance(tier, str):
             self.service_tier = tier
@@ -166,13 +173,18 @@ class ChatStream:
             self.timings = data["timings"]
         if data.get("usage") is None and "x_groq" not in data:
             return
-        usage = repair.usage(repair.told_usage(data))
+        said = repair.told_usage(data)
+        usage = repair.usage(said)
         told = Usage.read(usage) if usage is not None else None
-        if told is None:
+        if usage is None or told is None:
+            self.usage_doubted = self.usage_doubted or bool(said)
             return
         before = self.usage
-        if before and told.input_tokens < before.input_tokens and told.output_tokens < before.output_tokens:
-            return
+        if before and (told.input_tokens < before.input_tokens or told.output_tokens < before.output_tokens):
+            self.usage_doubted = True
+            if told.input_tokens <= before.input_tokens and told.output_tokens <= before.output_tokens:
+                return
+            usage, told = _no_less(before, usage, told)
         self._usage_data, self.usage = usage, told
 
     def _hold_usage_chunk(self, chunk: Chunk) -> None:
@@ -318,6 +330,14 @@ class ChatStream:
     def _made_up_chunk(self, choices: list[Any]) -> Chunk:
         """A chunk in the upstream's name."""
         return Chunk(data={**self._repair.name, "choices": choices})
+
+
+def _no_less(before: Usage, usage: dict[str, Any], told: Usage) -> tuple[dict[str, Any], Usage]:
+    """What was used once cannot become unused."""
+    most = (max(before.input_tokens, told.input_tokens), max(before.output_tokens, told.output_tokens))
+    named = {"prompt_tokens": most[0], "completion_tokens": most[1], "total_tokens": sum(most)}
+    right = {**usage, **named}
+    return right, Usage.read(right) or before
 
 
 def _without_usual_usage(raw: bytes) -> bytes | None:

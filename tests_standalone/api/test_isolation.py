@@ -378,6 +378,7 @@ WITHOUT_OWNER = {
     "sessions.REVISION": "a number for all",
     "sessions.TOUCH": "a number for all",
     "conversations._SHARED_OF": "of the conversations that `_SHARED` names",
+    "conversations._LENGTHS": "the ledger's: of the conversations that its turns have found",
     "conversations.ADD_TO": "the ledger's: of the conversation that its turn has found",
     "conversations.INSERT_BY_PK": "the ledger's: as above",
     "conversations.INSERT_AT": "the ledger's: as above",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gateway.ledger import Ledger, Turn
+from gateway.ledger import Ledger
 from gateway.limits import Settlement
 from gateway.store import conversations, sessions, usage
 from gateway.store.connect import database_at
@@ -24,6 +24,7 @@ from gateway.store.postgres_turns import as_one
 from gateway.store.sessions import SessionTotals
 from gateway.store.turn_leases import Lease, release_step
 from gateway.store.usage import UsageRow
+from gateway.turns import Turn
 from tests_standalone.conftest import NOON, rows, usage_row
 from tests_standalone.support.postgres import Postgres
 

@@ -496,11 +496,14 @@ def _tell(club: Club, kept: Counter[str]) -> None:
     seconds = time.monotonic() - club.began
     print(f"{sum(club.ended.values())} read to the end, {sum(club.left_at.values())} left, {seconds:.0f} s")
     print(f"{club.bytes:,} bytes searched, {club.again} calls on a used connection, {club.stale} found theirs closed")
-    busy = sum(count for (_, status), count in club.ended.items() if status == 503)
-    print(f"{busy} answers 503, {club.cut} streams cut: too much to do")
+    print(f"{_refused(club)} answers 503, {club.cut} streams cut: too much to do")
     print("ended:", dict(sorted(club.ended.items())))
     print("left:", dict(sorted(club.left_at.items())))
     print("kept:", dict(sorted(kept.items())))
+
+
+def _refused(club: Club) -> int:
+    return sum(count for (_, status), count in club.ended.items() if status == 503)
 
 
 def _enough(club: Club, kept: Counter[str]) -> None:
@@ -508,6 +511,7 @@ def _enough(club: Club, kept: Counter[str]) -> None:
     well = Counter({kind: count for (kind, status), count in club.ended.items() if status == 200})
     chats = {name: well[name] for name in ("JSON", "stream", "stored JSON", "stored stream")}
     assert min(chats.values()) > OPERATIONS / 60, chats
+    assert _refused(club) + club.cut < sum(chats.values()) / 20, "turns wait too long for their commit"
     others = ("conversations", "messages", "make", "rename", "sessions", "completions", "completion", "change", "stats")
     assert min(well[name] for name in others) > OPERATIONS / 500, well
     assert club.ended["trespass", 404] > OPERATIONS / 500

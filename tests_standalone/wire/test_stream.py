@@ -371,7 +371,7 @@ class TestBrokenUpstreams:
 
     @pytest.mark.parametrize(
         ("later", "counts"),
-        [({"prompt_tokens": 0, "completion_tokens": 0}, Usage(3, 4)), ({"completion_tokens": 0}, Usage(3, 0))],
+        [({"prompt_tokens": 0, "completion_tokens": 0}, Usage(3, 4)), ({"completion_tokens": 0}, Usage(3, 4))],
     )
     def test_usage_that_shrinks(self, later: Json, counts: Usage) -> None:
         """A99."""

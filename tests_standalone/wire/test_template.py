@@ -390,12 +390,23 @@ def events(*chunks: bytes) -> bytes:
     return b"".join(b"data: " + raw.replace(b"\n", b"\ndata: ") + b"\n\n" for raw in chunks)
 
 
+def passed_piece(stream: ChatStream, piece: bytes) -> bytes | None:
+    """What `pass_piece` has written; None if it has left the piece alone."""
+    written: list[bytes] = []
+
+    def write(data: bytes) -> bool:
+        written.append(data)
+        return True
+
+    return b"".join(written) if stream.pass_piece(write, piece) is not None else None
+
+
 def passed(pieces: list[bytes], *, wants_usage: bool, operation: str, whole: bool) -> list[object]:
     """All that a stream does with pieces; `whole`: they may pass it without being taken apart."""
     decoder, stream = SSEDecoder(), ChatStream(wants_usage=wants_usage, operation=operation)
     out: list[bytes] = []
     for piece in pieces:
-        leaving = stream.pass_piece(piece) if whole and len(piece) <= decoder.may_pass else None
+        leaving = passed_piece(stream, piece) if whole and len(piece) <= decoder.may_pass else None
         try:
             if leaving is None:
                 leaving = stream.feed([Chunk(raw=payload) for payload in decoder.feed(piece)])
@@ -421,7 +432,7 @@ class TestPieces:
     @pytest.mark.parametrize("chunks", [[A], [B], [QUOTED], [A, B], [A, A, B, A], [QUOTED, QUOTED]])
     def test_usual_ones_leave_as_the_very_same_bytes(self, chunks: list[bytes]) -> None:
         stream, piece = self.stream(), events(*chunks)
-        assert stream.pass_piece(piece) is piece
+        assert passed_piece(stream, piece) == piece
         texts = [json.loads(raw)["choices"][0]["delta"]["content"] for raw in chunks]
         assert stream.answer.message()["content"] == "".join(["a", *texts])
         assert stream.answer.characters == len("".join(["a", *texts]))
@@ -431,7 +442,7 @@ class TestPieces:
     def test_so_do_those_that_are_changed(self, texts: list[str], more: Json) -> None:
         stream, long_way = self.stream(**more), self.stream(**more)
         chunks = [compact(chunk({"content": text}, **more)) for text in texts if text or "service_tier" not in more]
-        assert stream.pass_piece(events(*chunks)) == long_way.feed([Chunk(raw=raw) for raw in chunks])
+        assert passed_piece(stream, events(*chunks)) == long_way.feed([Chunk(raw=raw) for raw in chunks])
 
     @pytest.mark.parametrize(
         "piece",
@@ -461,24 +472,24 @@ class TestPieces:
     )
     def test_others_do_not_pass_and_change_nothing(self, piece: bytes) -> None:
         stream = self.stream()
-        assert stream.pass_piece(piece) is None
+        assert passed_piece(stream, piece) is None
         assert stream.answer.message()["content"] == "a"
         assert stream.answer.characters == 1
-        assert stream.pass_piece(events(A)) is not None, "the next one does"
+        assert passed_piece(stream, events(A)) is not None, "the next one does"
 
     def test_chunks_of_several_lines_are_not_for_those_who_know_lines_only(self) -> None:
         stream = ChatStream(wants_usage=False)
         lines = json.dumps(chunk({"content": "a"}), indent=1).encode()
         stream.feed([Chunk(raw=BEGIN), Chunk(raw=lines)])
-        assert stream.pass_piece(b"data: " + lines + b"\n\n") is None
-        assert stream.pass_piece(events(lines)) is None
+        assert passed_piece(stream, b"data: " + lines + b"\n\n") is None
+        assert passed_piece(stream, events(lines)) is None
 
     def test_nothing_passes_before_a_chunk_was_read_or_after_a_failure(self) -> None:
-        assert ChatStream(wants_usage=False).pass_piece(events(A)) is None
+        assert passed_piece(ChatStream(wants_usage=False), events(A)) is None
         stream = self.stream()
         stream.feed([Chunk(raw=A), Chunk(raw=b"{")])
         assert stream.failure is not None
-        assert stream.pass_piece(events(A)) is None
+        assert passed_piece(stream, events(A)) is None
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_an_event_takes_one_way_alone_and_another_in_company(self, count: int) -> None:
@@ -489,24 +500,24 @@ class TestPieces:
             piece = events(*[b'{"t":"a\\n\xc3\xa9","u":null}'] * count)
             stream, all_of_them = self.knowing(template), template.events(piece)
             assert all_of_them is not None
-            assert stream.pass_piece(piece) == all_of_them[1]
+            assert passed_piece(stream, piece) == all_of_them[1]
             assert stream._texts == [all_of_them[0]]
 
     @pytest.mark.parametrize("inside", [b"a\n", b'"', b'a","b":"c', b"\\", b"\\ud83d", b"\xc3", b'" ', b' "'])
     def test_what_is_no_text_is_no_event(self, inside: bytes) -> None:
         template = Template([b'{"t":"', b'"}'], [b'{"t":"', b'"}'], rewritten=False)
-        assert self.knowing(template).pass_piece(b'data: {"t":"%b"}\n\n' % inside) is None
+        assert passed_piece(self.knowing(template), b'data: {"t":"%b"}\n\n' % inside) is None
 
     @pytest.mark.parametrize("value", [b"null", b"1", b'["a"]', b'{"a":"b"}', b'\n"a"', b'"a"\n', b' "a"', b""])
     def test_nor_is_another_value_or_one_with_blanks(self, value: bytes) -> None:
         template = Template([b'{"t":"', b'"}'], [b'{"t":"', b'"}'], rewritten=False)
-        assert self.knowing(template).pass_piece(b'data: {"t":%b}\n\n' % value) is None
+        assert passed_piece(self.knowing(template), b'data: {"t":%b}\n\n' % value) is None
 
     def test_an_answer_that_is_too_long_takes_the_long_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stream_module, "_MOST_CHARACTERS", 3)
         stream = self.stream()
-        assert stream.pass_piece(events(A, A)) is not None
-        assert stream.pass_piece(events(A)) is None
+        assert passed_piece(stream, events(A, A)) is not None
+        assert passed_piece(stream, events(A)) is None
         assert stream.answer.characters == 3
 
 
