@@ -21,9 +21,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gateway import late_turns
 from gateway.current_sessions import IDLE_MS, CurrentSessions
@@ -35,6 +35,7 @@ from gateway.talks import branched
 from gateway.turns import Turn, figures, name_rows, size_of, steps
 
 log = logging.getLogger("gateway.ledger")
+T = TypeVar("T")
 
 DEADLINE = 10.0
 MOST_IN_BATCH = 500
@@ -214,7 +215,7 @@ class Ledger:
         except DatabaseUnavailable:
             raise
         except Exception as failure:  # whatever one turn holds must not cost the others theirs, nor much of their time
-            if sort_out and isinstance(failure, AlreadyThere) and await self._sorted_out(batch):
+            if sort_out and await self._is_put_right(failure, self._sorted_out, batch):
                 await self._commit(batch, sort_out=False)
                 return
             half = len(batch) // 2
@@ -224,9 +225,20 @@ class Ledger:
             for turn in batch:
                 _settle(turn, None)
 
+    async def _is_put_right(self, failure: Exception, look: Callable[[T], Awaitable[bool]], what: T) -> bool:
+        """After a conflict: can it be written now? Whatever comes of the look at it, the committer goes on."""
+        if not isinstance(failure, AlreadyThere):
+            return False
+        try:
+            return await look(what)
+        except DatabaseUnavailable:
+            raise
+        except Exception:
+            log.exception("a conflict could not be looked at")
+            return False
+
     async def _sorted_out(self, batch: Sequence[Turn]) -> bool:
-        """After a conflict: settles what is durable already, and changes what somebody was quicker than. False: there
-        is nothing like that."""
+        """Settles what is durable already, and changes what somebody was quicker than. False: nothing is like that."""
         there = await usage.existing(self._database, [turn.usage[0].id for turn in batch])
         left = [turn for turn in batch if turn.usage[0].id not in there]
         for turn in batch:
@@ -247,21 +259,26 @@ class Ledger:
         except DatabaseUnavailable:
             raise
         except Exception as failure:
-            if isinstance(failure, AlreadyThere):
-                if await usage.exists(self._database, turn.usage[0].id):
-                    _settle(turn, None)
-                    return
-                talk = turn.conversation
-                if talk is not None and (await late_turns.joined(self._database, talk) or branched(talk)):
-                    name_rows(turn)
-                    await self._commit_alone(turn)
-                    return
+            if await self._is_put_right(failure, self._sorted_out_alone, turn):
+                await self._commit_alone(turn)
+                return
             known = isinstance(failure, RowRejected)
             log.error("turn not recorded (%s): %s", failure, figures(turn), exc_info=not known)
             _settle(turn, NotRecorded(log=str(failure)))
             self._lost(turn.settlements)
         else:
             _settle(turn, None)
+
+    async def _sorted_out_alone(self, turn: Turn) -> bool:
+        """The same of one, which becomes a branch in any case, if it can."""
+        if await usage.exists(self._database, turn.usage[0].id):
+            _settle(turn, None)
+            return True
+        talk = turn.conversation
+        if talk is None or not (await late_turns.joined(self._database, talk) or branched(talk)):
+            return False
+        name_rows(turn)
+        return True
 
     async def _write(self, batch: Sequence[Turn]) -> None:
         await self._give_sessions(batch)

@@ -53,7 +53,8 @@ class Exchange(Call[ChatRequest]):
             mended = repair.completion(completion, model=route.upstream_model, at=self.job.at // 1000)
         except StreamedError as failure:
             raise streamed_error(failure.error) from None
-        if mended is not completion and completion.data.get("usage") and mended.data.get("usage") is None:
+        told = completion.data.get("usage")
+        if mended is not completion and mended.data.get("usage") is None and repair.is_untrue(told):
             self._doubt_usage()
         return mended
 

@@ -16,7 +16,7 @@ from gateway.current_sessions import IDLE_MS
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ledger import Ledger
 from gateway.limits import Settlement
-from gateway.store import conversation_edits, turn_leases
+from gateway.store import conversation_edits, turn_leases, usage
 from gateway.store.conversation_edits import NewConversation
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database, Step
@@ -310,6 +310,27 @@ async def test_a_mistake_of_ours_in_one_turn_is_its_own(
         await one
     assert ids(good) < await usage_ids(migrated)
     assert [record.exc_info is not None for record in caplog.records if "req_broken" in record.getMessage()] == [True]
+
+
+async def test_the_committer_outlives_a_look_at_a_conflict_that_fails(
+    ledger: Ledger, unsteady: Unsteady, migrated: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*args: Any) -> Any:
+        raise RuntimeError("an answer that nobody foresaw")
+
+    twin = usage_row()
+    await ledger.record(Turn([twin]))
+    with monkeypatch.context() as patched:
+        patched.setattr(usage, "existing", fail)
+        patched.setattr(usage, "exists", fail)
+        good = turn(talk())
+        one, other = await held(ledger, unsteady, Turn([twin]), good)
+        await other
+        with pytest.raises(NotRecorded):
+            await one
+    after = turn()
+    await ledger.record(after)
+    assert ids(good, after) < await usage_ids(migrated)
 
 
 async def test_an_id_that_is_there_already_is_written_once(

@@ -282,6 +282,11 @@ def told_usage(data: Mapping[str, Any]) -> object:
     return groq.get("usage") if isinstance(groq, dict) else told
 
 
+def is_untrue(told: object) -> bool:
+    """Is what `usage` does not believe more than nothing? An upstream that does not know says null or leaves it out."""
+    return told.get("prompt_tokens") is not None if isinstance(told, dict) else bool(told)
+
+
 def usage(told: object) -> Json | None:
     """A `usage` object of whole numbers, the same object if it is one; None if its counts cannot be true.
 

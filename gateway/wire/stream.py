@@ -177,14 +177,15 @@ class ChatStream:
         usage = repair.usage(said)
         told = Usage.read(usage) if usage is not None else None
         if usage is None or told is None:
-            self.usage_doubted = self.usage_doubted or bool(said)
+            self.usage_doubted = self.usage_doubted or repair.is_untrue(said)
             return
         before = self.usage
         if before and (told.input_tokens < before.input_tokens or told.output_tokens < before.output_tokens):
             self.usage_doubted = True
             if told.input_tokens <= before.input_tokens and told.output_tokens <= before.output_tokens:
                 return
-            usage, told = _no_less(before, usage, told)
+            usage = _no_less(self._usage_data or {}, usage)
+            told = Usage.read(usage)
         self._usage_data, self.usage = usage, told
 
     def _hold_usage_chunk(self, chunk: Chunk) -> None:
@@ -332,12 +333,17 @@ class ChatStream:
         return Chunk(data={**self._repair.name, "choices": choices})
 
 
-def _no_less(before: Usage, usage: dict[str, Any], told: Usage) -> tuple[dict[str, Any], Usage]:
-    """What was used once cannot become unused."""
-    most = (max(before.input_tokens, told.input_tokens), max(before.output_tokens, told.output_tokens))
-    named = {"prompt_tokens": most[0], "completion_tokens": most[1], "total_tokens": sum(most)}
-    right = {**usage, **named}
-    return right, Usage.read(right) or before
+_OF_ANSWER = ("completion_tokens", "completion_tokens_details")
+
+
+def _no_less(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What was used once cannot become unused: of each of the two counts the larger one, with what is told about it."""
+    asked, said = (
+        before if (before.get(key) or 0) > (now.get(key) or 0) else now for key in ("prompt_tokens", _OF_ANSWER[0])
+    )
+    usage = {key: value for key, value in asked.items() if key not in _OF_ANSWER}
+    usage.update((key, said[key]) for key in _OF_ANSWER if key in said)
+    return {**usage, "total_tokens": (usage.get("prompt_tokens") or 0) + (usage.get("completion_tokens") or 0)}
 
 
 def _without_usual_usage(raw: bytes) -> bytes | None:

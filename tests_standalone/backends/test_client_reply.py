@@ -361,7 +361,7 @@ class TestTime:
             started = time.monotonic()
             with pytest.raises(UpstreamTimeout, match="in time") as caught:
                 await response.read()
-            assert time.monotonic() - started >= 0.1
+            assert time.monotonic() - started >= 0.09  # the silence began when the byte came
             assert "silence for 0.1 s" in (caught.value.log or "")
             assert await sockets(client) == 0
 

@@ -380,6 +380,21 @@ class TestBrokenUpstreams:
         assert stream.usage == counts
         assert read(finish(stream))[-1]["usage"]["completion_tokens"] == counts.output_tokens
 
+    def test_usage_of_which_one_count_shrinks_keeps_what_was_told_about_it(self) -> None:
+        """A99."""
+        first = {"prompt_tokens": 1000, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 900}}
+        stream = ChatStream(wants_usage=True)
+        stream.feed([made(usage_chunk(first)), made(usage_chunk({"prompt_tokens": 0, "completion_tokens": 20}))])
+        assert (stream.usage, stream.usage_doubted) == (Usage(1000, 20, cached_tokens=900), True)
+
+    @pytest.mark.parametrize(
+        "before", [{"prompt_tokens": None, "completion_tokens": None}, {}, {"completion_tokens": 1}]
+    )
+    def test_who_does_not_know_the_usage_yet_tells_nothing_untrue(self, before: Json) -> None:
+        stream = ChatStream(wants_usage=True)
+        stream.feed([made(usage_chunk(before)), made(usage_chunk(USAGE))])
+        assert (stream.usage, stream.usage_doubted) == (Usage(3, 4), False)
+
     def test_the_usage_chunk_has_the_name_of_the_others(self) -> None:
         told = {"id": "", "created": 0, "model": "", "choices": [], "usage": USAGE}
         last = read(run(HELLO, STOP, told, wants_usage=True))[-1]
