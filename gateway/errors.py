@@ -278,7 +278,7 @@ class UpstreamUnreachable(UpstreamError):
 
 
 class UntrueUsage(UpstreamError):
-    """A count that cannot be true. The call goes on, and its tokens are counted by us: it is told, never raised."""
+    """A count that cannot be true. The call goes on with what was told before, or what we count: told, never raised."""
 
 
 class NeverSent(UpstreamUnreachable):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gateway.store import conversations
-from gateway.store.conversations import ConversationTurn
+from gateway.store.conversations import ConversationTurn, StoredChains
 from gateway.store.database import Database
 from gateway.talks import OWN_ID, branched
 
@@ -23,7 +23,8 @@ async def sort_out(database: Database, talks: Sequence[ConversationTurn]) -> int
     changed = 0
     for talk in late:
         if talk.is_new and not OWN_ID.fullmatch(talk.id):
-            changed += await joined(database, talk) or (await _is_taken(database, talk) and branched(talk))
+            found = await conversations.find_chains(database, talk.user_id, talk.id, 1)
+            changed += found is not None and (_joins(talk, found) or branched(talk))
     return changed + _told_apart(late, ends)
 
 
@@ -32,15 +33,15 @@ async def joined(database: Database, talk: ConversationTurn) -> bool:
     if not talk.is_new or talk.after != 0 or talk.parent is not None:
         return False
     found = await conversations.find_chains(database, talk.user_id, talk.id, 1)
-    if found is None or found.message_count:
+    return found is not None and _joins(talk, found)
+
+
+def _joins(talk: ConversationTurn, found: StoredChains) -> bool:
+    if talk.after or found.message_count:
         return False
     talk.pk, talk.session_id, talk.is_new = found.pk, found.session_id, False
     talk.gives_title = found.title is None
     return True
-
-
-async def _is_taken(database: Database, talk: ConversationTurn) -> bool:
-    return await conversations.find_chains(database, talk.user_id, talk.id, 1) is not None
 
 
 def _told_apart(late: Sequence[ConversationTurn], ends: dict[str, int]) -> int:

@@ -244,11 +244,12 @@ class Ledger:
         for turn in batch:
             if turn.usage[0].id in there:
                 _settle(turn, None)
-        changed = await late_turns.sort_out(
-            self._database, [turn.conversation for turn in left if turn.conversation is not None]
-        )
-        for turn in left:
-            name_rows(turn)
+        talks = [turn.conversation for turn in left if turn.conversation is not None]
+        try:
+            changed = await late_turns.sort_out(self._database, talks)
+        finally:  # some may be changed already when the database goes away
+            for turn in left:
+                name_rows(turn)
         return bool(there or changed)
 
     async def _commit_alone(self, turn: Turn) -> None:

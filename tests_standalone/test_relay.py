@@ -36,6 +36,7 @@ from gateway.errors import (
 from gateway.ledger import Ledger
 from gateway.pricing import Price, configured
 from gateway.relay import Exchange, StreamExchange
+from gateway.responses import StreamResponse
 from gateway.store.database import Database
 from gateway.tokens import TokenCounter
 from gateway.wire.chat import ChatRequest, Chunk, Completion
@@ -1092,6 +1093,20 @@ async def test_a_client_that_had_left_stays_so_when_the_worker_ends(rig: Rig) ->
 
 
 # Conversations
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_end_of_the_worker_does_not_reach_a_call_that_has_failed(rig: Rig, streamed: bool) -> None:
+    exchange = await (rig.stream if streamed else rig.exchange)(Upstream("up", refusal(400)))
+    if isinstance(exchange, StreamExchange):
+        response = StreamResponse(exchange, rig.drain, list, first_chunk_wait=None)
+        working = response(asyncio.Event().wait, asyncio.Event().wait)  # type: ignore[arg-type]  # neither is called
+    else:
+        working = exchange.complete()  # type: ignore[assignment]  # gives a reply
+    with pytest.raises(UpstreamError):
+        await working
+    rig.drain.cut()
+    assert exchange.stopped is None
 
 
 async def test_a_failed_call_leaves_a_conversation_as_it_was(rig: Rig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from starlette.routing import BaseRoute, Route
@@ -26,6 +26,7 @@ from gateway.auth import Caller
 from gateway.backends.base import ModelInfo
 from gateway.call import Job
 from gateway.conversations import given_id
+from gateway.drain import Drain
 from gateway.errors import BadRequest, ModelNotFound
 from gateway.middleware import headers_by_name
 from gateway.relay import Exchange, StreamExchange
@@ -158,26 +159,22 @@ def _talk(
 ) -> Coroutine[Any, Any, Talk | None]:
     """The conversation that a call is a turn of. If it has to wait for another turn, then until its client leaves."""
     group = _group(scope, found.settings.conversations.header)
+    opened = partial(found.conversations.open, caller, request, end_user, group)
     if found.settings.conversations.busy != "wait" or "conversation_id" not in request.data:
-        return found.conversations.open(caller, request, end_user, group)
-    return _talk_in_turn(scope, receive, found, caller, request, end_user, group)
+        return opened()
+    return _in_turn(scope, receive, found.drain, opened)
 
 
-async def _talk_in_turn(
+async def _in_turn(
     scope: Scope,
     receive: Receive,
-    found: Services,
-    caller: Caller,
-    request: ChatRequest,
-    end_user: str | None,
-    group: str | None,
+    drain: Drain,
+    opened: Callable[[Callable[[], bool]], Coroutine[Any, Any, Talk | None]],
 ) -> Talk | None:
     left = asyncio.Event()
     forget = when_gone(receive, left.set)
     try:
-        return await found.conversations.open(
-            caller, request, end_user, group, lambda: left.is_set() or found.drain.stopping
-        )
+        return await opened(lambda: left.is_set() or drain.stopping)
     finally:
         forget()
         scope["state"]["client_left"] = left.is_set()
