@@ -16,7 +16,7 @@ from gateway.current_sessions import IDLE_MS
 from gateway.errors import DatabaseUnavailable, NotRecorded
 from gateway.ledger import Ledger
 from gateway.limits import Settlement
-from gateway.store import conversation_edits, turn_leases, usage
+from gateway.store import conversation_edits, conversations, turn_leases, usage
 from gateway.store.conversation_edits import NewConversation
 from gateway.store.conversations import ConversationTurn, StoredMessage
 from gateway.store.database import Database, Step
@@ -730,6 +730,27 @@ async def test_conflicts_are_sorted_out_for_the_whole_batch_at_once(
     assert await rows(migrated, alone) == [("ann", 6, None), ("ann", 2, None), ("ben", 2, None)]
     named = "SELECT COUNT(*) FROM usage_rows WHERE conversation_id = $1"
     assert [await rows(migrated, named, name) for name in made] == [[(1,)]] * 3
+
+
+async def test_an_outage_while_a_batch_is_sorted_out_leaves_rows_with_their_turns(
+    ledger: Ledger, unsteady: Unsteady, migrated: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await begun(ledger)
+    late = [turn(talk(after=0, is_named=False)), turn(talk("other", after=0, is_named=False))]
+    find, asked = conversations.find_chains, []
+
+    async def fail_once(*args: Any) -> Any:
+        asked.append(args)
+        if len(asked) == 2:
+            raise DatabaseUnavailable("away for a moment")
+        return await find(*args)
+
+    monkeypatch.setattr(conversations, "find_chains", fail_once)
+    await asyncio.gather(*await held(ledger, unsteady, *late))
+    used = "SELECT c.id, COUNT(*) FROM conversations c JOIN usage_rows u ON u.conversation_id = c.id GROUP BY c.id"
+    names = {one.conversation.id for one in late if one.conversation is not None}
+    assert {name for name, _ in await rows(migrated, used)} >= names
+    assert "chat" not in names
 
 
 @pytest.mark.parametrize(("title", "shown"), [("Mine", "Mine"), (None, "Hello")])
