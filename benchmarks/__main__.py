@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from benchmarks import contestants, course, history, instructions, kept, machine, peers, report, soak
+from benchmarks import contestants, course, history, in_turn, instructions, kept, machine, peers, report, soak
 from benchmarks.contestants import Contestant, Gateway
 from benchmarks.course import Mock, Plan
 from benchmarks.installs import NotInstalled
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.instructions:
             print(instructions.main(options.only or ["postgres", "sqlite"], mock))
             return 0
+        if options.in_turn:
+            print(in_turn.main(options.only, options.rounds, mock, write=not options.quick))
+            return 0
         found = _measure(options, mock)
     print(json.dumps(found, indent=1) if options.json else report.markdown(found))
     return 0
@@ -45,6 +48,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_words, help=f"of {','.join(_names())}; direct always runs")
     parser.add_argument("--install", action="store_true", help="install the gateway's wheel too, for its size")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="the gateway at half load, and its memory")
+    parser.add_argument("--in-turn", action="store_true", help="all at once, a few seconds each in turn, beside nginx")
     parser.add_argument("--instructions", action="store_true", help="count machine instructions (needs valgrind)")
     parser.add_argument("--history", action="store_true", help="look-ups in a database with very many messages")
     parser.add_argument("--messages", type=int, default=history.MESSAGES, help="so many (%(default)s)")
