@@ -134,11 +134,38 @@ class Admission:
         """Lets a call in. `estimate(cost)` is asked only where something depends on it. Raises RateLimited,
         QuotaExceeded, PermissionDenied, Unauthenticated, Unavailable."""
         started = time.perf_counter()
+        allowance = self._allowances.of(caller, end_user)
+        demand = self._demand(allowance, estimate)
+        ticket = self._at_once(caller, allowance.accounts, demand)
+        if ticket is None:
+            ticket = await self._asked(caller, end_user, estimate, allowance.accounts, demand)
+        if self._metrics is not None:
+            self._metrics.admitted(time.perf_counter() - started)
+            self._metrics.reserved(*most(ticket.holds))
+        return ticket
+
+    def _at_once(self, caller: Caller, accounts: Sequence[Account], demand: Demand) -> Ticket | None:
+        """What needs no round trip: of the book in memory, or of what is held ahead. None: something is in the way."""
+        book = self._book
+        if isinstance(book, MemoryBook):
+            offer = _of_memory(book, accounts, demand)
+            return None if offer.grant.reason else offer.ticket
+        keys = self._slices.keys
+        if book.is_cut or (keys is not None and keys.revision != caller.revision):
+            return None
+        return self._held_ahead(accounts, demand)
+
+    async def _asked(
+        self,
+        caller: Caller,
+        end_user: str | None,
+        estimate: Callable[[bool], Demand],
+        accounts: Sequence[Account],
+        demand: Demand,
+    ) -> Ticket:
+        """What the book says; for a caller whose keys have changed, of what it asks as they stand by now."""
         for _ in range(ATTEMPTS):
-            allowance = self._allowances.of(caller, end_user)
-            demand = self._demand(allowance, estimate)
-            accounts = allowance.accounts
-            offer = self._at_once(accounts, demand) or await self._granted(demand, accounts)
+            offer = await self._offer(accounts, demand)
             if not offer.grant.reason and (offer.state is None or offer.state.revision == caller.revision):
                 break
             for _ in offer.accounts:
@@ -151,16 +178,13 @@ class Admission:
             if renewed.limits == caller.limits and offer.grant.reason != "seed":
                 break
             self.release(self.settle(offer.ticket, 0, 0))
-            caller = renewed
+            caller, allowance = renewed, self._allowances.of(renewed, end_user)
+            accounts, demand = allowance.accounts, self._demand(allowance, estimate)
         else:
             raise Unavailable("The limits of this call are changing. Try again in a moment.", retry_after=1)
-        ticket = offer.ticket
         if offer.grant.reason:
             raise self._refusal(offer)
-        if self._metrics is not None:
-            self._metrics.admitted(time.perf_counter() - started)
-            self._metrics.reserved(*most(ticket.holds))
-        return ticket
+        return offer.ticket
 
     def _refusal(self, offer: Offer) -> Exception:
         grant = offer.grant
@@ -184,10 +208,10 @@ class Admission:
             counted, reserved = most(holds)
             self._metrics.settled(tokens if counted else 0, reserved if cost is None else cost if reserved else 0)
         self._pulse.left(holds[0].worker)
-        settled = [
-            Settlement(subject, worker, slots, held, tokens, cost_held, cost_held if cost is None else cost, period)
-            for subject, worker, slots, held, _, cost_held, _, period in holds
-        ]
+        settled = []
+        for subject, worker, slots, held, _, cost_held, _, period in holds:
+            spent = cost_held if cost is None else cost
+            settled.append(Settlement(subject, worker, slots, held, tokens, cost_held, spent, period))
         if isinstance(self._book, MemoryBook):
             self._book.settle(settled)
             return []
@@ -198,13 +222,6 @@ class Admission:
         if settlements:
             self._released += settlements
             self._ensure_running()
-
-    def _at_once(self, accounts: Sequence[Account], demand: Demand) -> Offer | None:
-        """What needs no round trip: of the book in memory, or of what is held ahead."""
-        book = self._book
-        if isinstance(book, MemoryBook):
-            return _of_memory(book, accounts, demand)
-        return None if book.is_cut else self._held_ahead(accounts, demand)
 
     async def _offer(self, accounts: Sequence[Account], demand: Demand) -> Offer:
         """Of the book itself."""
@@ -248,7 +265,7 @@ class Admission:
 
     # --- ahead
 
-    def _held_ahead(self, accounts: Sequence[Account], demand: Demand) -> Offer | None:
+    def _held_ahead(self, accounts: Sequence[Account], demand: Demand) -> Ticket | None:
         name = self._pulse.name
         grant = self._slices.take(name, accounts, demand.tokens, demand.cost or 0)
         if grant is None:
@@ -258,7 +275,7 @@ class Admission:
         ticket = ticket_for(name, demand, accounts, grant)
         if ticket.holds:
             self._pulse.entered(name)
-        return Offer(grant, ticket, accounts, self._slices.keys)
+        return ticket
 
     def _look_after_slices(self) -> None:
         """What nobody takes goes back."""

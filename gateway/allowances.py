@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gateway.caller import Caller, KeyLimits
 from gateway.errors import QuotaExceeded, RateLimited
@@ -116,8 +117,13 @@ def headers(account: Account, grant: Grant) -> list[tuple[bytes, bytes]]:
 def _told(names: tuple[bytes, bytes, bytes], rate: int, capacity: int, level: int) -> Sequence[tuple[bytes, bytes]]:
     limit, remaining, reset = names
     left = level // UNIT if level > 0 else 0
-    after = duration(-((level - capacity * UNIT) // rate))
-    return (limit, f"{capacity}".encode()), (remaining, f"{left}".encode()), (reset, after.encode())
+    after = -((level - capacity * UNIT) // rate)
+    return _limit_header(limit, capacity), (remaining, str(left).encode()), (reset, duration(after).encode())
+
+
+@lru_cache(maxsize=256)
+def _limit_header(name: bytes, capacity: int) -> tuple[bytes, bytes]:
+    return name, str(capacity).encode()
 
 
 def duration(milliseconds: int) -> str:

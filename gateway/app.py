@@ -59,7 +59,8 @@ class Gateway:
         routes = [route for dialect in DIALECTS for route in dialect.routes()]
         self._known = _without_parameters(routes)
         self._router = Router(routes, redirect_slashes=False, default=not_found, lifespan=self._lifespan)
-        inner = ErrorBoundary(OnePath(self._routed))
+        self._respelled = OnePath(self._routed)
+        inner = ErrorBoundary(self._as_it_is)
         self.http_app = CORS(Observed(inner, settings.server.trusted_proxies), settings.server.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,6 +95,12 @@ class Gateway:
                 methods = {method for route in fitting if isinstance(route, Route) for method in route.methods or ()}
                 wrong.headers = {"allow": ", ".join(sorted(methods))}
             raise
+
+    def _as_it_is(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """What most ask for is spelled as the routes are."""
+        if (scope.get("method"), scope.get("path")) in self._known:
+            return self._routed(scope, receive, send)
+        return self._respelled(scope, receive, send)
 
     def _routed(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         route = self._known.get((scope.get("method", ""), scope.get("path", "")))
@@ -147,6 +154,7 @@ class Gateway:
                 metrics.attempt_ended,
                 metrics.upstream_failed,
                 settings.limits.max_output_tokens,
+                asyncio.get_running_loop(),
             ),
             drain=self.drain,
             readiness=readiness,

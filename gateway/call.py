@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 from gateway import estimates
 from gateway.admission import Admission
@@ -101,6 +101,8 @@ class Relay:
     observe: Callable[[UsageRow], None] = lambda row: None
     failed: Callable[[str, UpstreamError], None] = lambda backend, failure: None
     max_output_tokens: int = 4096
+    loop: asyncio.AbstractEventLoop | None = None
+    """In which they all run, if it is known: asking asyncio for it costs a system call each time."""
 
 
 class Call(Generic[R]):
@@ -174,18 +176,29 @@ class Call(Generic[R]):
         if self.ticket.holds:
             self._relay.admission.release(self._relay.admission.settle(self.ticket, 0, 0))
 
-    async def _try_routes(self, call: Callable[[Route, R], Coroutine[Any, Any, T]]) -> T:
-        """The answer of the first route that gives one, once the limits have let the call in. Raises GatewayError."""
-        job = self.job
-        self.ticket = await self._relay.admission.admit(job.caller, job.end_user, self._demand)
-        plan = self._relay.catalog.attempts(job.model, job.request.operation)
+    async def _try_routes(
+        self, call: Callable[[Route, R], Coroutine[Any, Any, T]], check: Callable[[T], T] | None = None
+    ) -> T:
+        """The answer of the first route that gives one which passes the `check`, once the limits have let the call in.
+        Raises GatewayError."""
+        job, relay = self.job, self._relay
+        self.ticket = await relay.admission.admit(job.caller, job.end_user, self._demand)
+        plan = relay.catalog.attempts(job.model, job.request.operation)
         if len(plan) == 1:
             plan *= 2
         for number, (name, route) in enumerate(plan, 1):
             self._name, self.route, self._attempt_started = name, route, time.perf_counter()
             failures_before = route.health.failures
             try:
-                answer = await self._run(call(route, self._request_for(route)))
+                cancelled_before = self._begin_work()
+                try:
+                    answer = await call(route, self._request_for(route))
+                    if check is not None:
+                        answer = check(answer)
+                except BaseException as raised:
+                    self._judge(raised, cancelled_before)
+                finally:
+                    self._end_work()
             except BadRequest:  # this backend can never do it, and was not asked
                 follower = _follower(plan, number)
                 if follower is None or follower is route:
@@ -193,7 +206,7 @@ class Call(Generic[R]):
             except UpstreamError as failure:
                 if not self._broken_off:
                     route.health.failed(failure)
-                    self._relay.failed(route.backend.name, failure)
+                    relay.failed(route.backend.name, failure)
                 follower = _follower(plan, number)
                 if self.stopped or self._committed or follower is None or not _may_follow(failure, route, follower):
                     raise
@@ -204,38 +217,41 @@ class Call(Generic[R]):
                 return answer
         raise AssertionError("a model has at least one route")
 
-    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs upstream work so that `_break_off` can end it; then raises UpstreamError instead of cancelling us. This
-        is done in our own task, as `asyncio.timeout` does it: another one would cost more than what it does."""
+    def _begin_work(self) -> int:
+        """From here to `_end_work` `_break_off` can end what runs upstream. This is done in our own task, as
+        `asyncio.timeout` does it: another one would cost more than what it does. Gives how often it is cancelled."""
         if self._broken_off:
-            work.close()
             raise NeverSent("The call was broken off.", log=self.stopped)
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._relay.loop)
         assert task is not None
-        self._running, before = task, task.cancelling()
-        try:
-            return await work
-        except asyncio.CancelledError as cancelled:
+        self._running = task
+        return task.cancelling()
+
+    def _judge(self, raised: BaseException, cancelled_before: int) -> NoReturn:
+        """Raises what has ended the work, as the call shall see it: UpstreamError where `_break_off` has."""
+        task = self._running
+        assert task is not None
+        if isinstance(raised, asyncio.CancelledError):
             if not self._interrupted:
-                raise
+                raise raised
             self._interrupted = False
-            if task.uncancel() > before:  # somebody else cancels, too
-                raise
-            kind = NeverSent if UNSENT in cancelled.args else UpstreamError
+            if task.uncancel() > cancelled_before:  # somebody else cancels, too
+                raise raised
+            kind = NeverSent if UNSENT in raised.args else UpstreamError
             raise kind("The call was broken off.", log=self.stopped) from None
-        except NeverSent:
-            if not self._interrupted and task.cancelling() > before:  # a cancellation by others, in the client's words
+        if isinstance(raised, NeverSent):
+            if not self._interrupted and task.cancelling() > cancelled_before:  # by others, in the client's words
                 raise asyncio.CancelledError from None
-            raise
-        except GatewayError:
-            raise
-        except Exception as failure:  # a backend's own mistake must not cost the call its row
-            raise backend_failed(failure) from failure
-        finally:
-            self._running = None
-            if self._interrupted:  # and the work ended in another way
-                self._interrupted = False
-                task.uncancel()
+            raise raised
+        if isinstance(raised, GatewayError) or not isinstance(raised, Exception):
+            raise raised
+        raise backend_failed(raised) from raised  # a backend's own mistake must not cost the call its row
+
+    def _end_work(self) -> None:
+        task, self._running = self._running, None
+        if self._interrupted and task is not None:  # and the work ended in another way
+            self._interrupted = False
+            task.uncancel()
 
     def _break_off(self) -> None:
         self._broken_off = True
@@ -264,9 +280,15 @@ class Call(Generic[R]):
         return self.route.upstream_model if self.route is not None else self.job.model.name
 
     async def _outcome(self, told: Usage | None, answers: list[Message], reason: object) -> Outcome:
-        usage = told or await self._estimate(answers)
-        finish_reason = reason if isinstance(reason, str) else None
-        outcome = Outcome("ok", usage, "upstream" if told else "gateway", finish_reason)
+        if told is not None:
+            return self._outcome_as_told(told, reason)
+        return self._ended(Outcome("ok", await self._estimate(answers), "gateway", _text(reason)))
+
+    def _outcome_as_told(self, usage: Usage, reason: object) -> Outcome:
+        """Of an answer whose usage the upstream has told."""
+        return self._ended(Outcome("ok", usage, "upstream", _text(reason)))
+
+    def _ended(self, outcome: Outcome) -> Outcome:
         if self.stopped is not None:
             outcome.status = outcome.finish_reason = self.stopped
             outcome.ended_by = self.policy if self.stopped == "client_disconnected" else None
@@ -300,24 +322,35 @@ class Call(Generic[R]):
 
     async def _record(self, answer: Message | None, row: UsageRow, *, keep_talk: bool = True) -> None:
         """One turn to the ledger. Once given it is the ledger's, even if this task is cancelled."""
+        turn = self._turn(answer, row, keep_talk=keep_talk)
+        await self._relay.ledger.record(turn)
+        self._was_recorded(turn)
+
+    def _turn(self, answer: Message | None, row: UsageRow, *, keep_talk: bool = True) -> Turn:
+        """For the ledger. What it holds of its limits is the turn's to give back."""
         talk, conversation = self.job.talk, None
-        if talk is not None and (keep_talk or not talk.is_new):
-            row.conversation_id = talk.id
-        if talk is not None and keep_talk:
-            conversation = talk.turn(
-                answer,
-                row.created_at,
-                model=row.model,
-                finish_reason=row.finish_reason,
-                input_tokens=row.input_tokens,
-                output_tokens=row.output_tokens,
-                cost_nanousd=row.cost_nanousd or 0,
-            )
+        if talk is not None:
+            if keep_talk or not talk.is_new:
+                row.conversation_id = talk.id
+            if keep_talk:
+                conversation = talk.turn(
+                    answer,
+                    row.created_at,
+                    model=row.model,
+                    finish_reason=row.finish_reason,
+                    input_tokens=row.input_tokens,
+                    output_tokens=row.output_tokens,
+                    cost_nanousd=row.cost_nanousd or 0,
+                )
         rows = self._meter.rows
-        for earlier in rows:
-            earlier.conversation_id = row.conversation_id
+        if len(rows) > 1:
+            for earlier in rows:
+                earlier.conversation_id = row.conversation_id
         settlements = self._relay.admission.settle(self.ticket, *self._meter.charged())
-        await self._relay.ledger.record(Turn(rows, conversation, settlements, self._stored))
+        return Turn(rows, conversation, settlements, self._stored)
+
+    def _was_recorded(self, turn: Turn) -> None:
+        talk, conversation = self.job.talk, turn.conversation
         if talk is not None and conversation is not None:
             talk.was_recorded(conversation)
 
@@ -342,6 +375,10 @@ class Call(Generic[R]):
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _text(reason: object) -> str | None:
+    return reason if isinstance(reason, str) else None
 
 
 def _follower(plan: Sequence[tuple[str, Route]], number: int) -> Route | None:

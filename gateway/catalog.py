@@ -187,6 +187,10 @@ class Catalog:
             )
         return found
 
+    def configured(self, name: str | None) -> Model | None:
+        """What `resolve` gives for a name that the configuration has, an alias of one too. None: ask `resolve`."""
+        return None if name is None else self._models.get(self._aliases.get(name, name))
+
     def routes(self, model: Model) -> Iterable[Route]:
         """All that may serve it, its fallbacks' among them, in no order."""
         return self._all_routes(model) if model.fallbacks else model.routes
@@ -258,7 +262,7 @@ class Catalog:
         return next(iter(self._models), None) or next((info.id for info in self.listed()), None)
 
     def _known(self, name: str) -> Model | None:
-        configured = self._models.get(self._aliases.get(name, name))
+        configured = self.configured(name)
         if configured is not None:
             return configured
         for provider in self._providers.values():

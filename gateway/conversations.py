@@ -92,8 +92,10 @@ class Conversations:
             talk = await self._grouped(caller, group, request, end_user)
         elif self._threading == "explicit":
             return None
+        elif not self._store_content or (last := threads.last_answer(request.messages)) is None:
+            talk = _begun(caller, request, end_user)
         else:
-            talk = await self._threaded(caller, request, end_user)
+            talk = await self._threaded(caller, request, end_user, last)
         talk.keeps_content = self._store_content
         if self._system is not None and not talk.history and not _has_system(request.messages):
             if talk.begins:
@@ -188,12 +190,12 @@ class Conversations:
 
     # --- rule 3
 
-    async def _threaded(self, caller: Caller, request: ChatRequest, end_user: str | None) -> Talk:
+    async def _threaded(self, caller: Caller, request: ChatRequest, end_user: str | None, last: int) -> Talk:
+        """`last`: where the last answer stands."""
         messages = request.messages
         start = threads.seed(caller.user_id, caller.key_id, end_user)
-        last = threads.last_answer(messages) if self._store_content else None
-        if last is None or (found := await self._place(caller, start, messages, last)) is None:
-            return Talk(new_id(), new_pk(), caller, end_user, True, messages, chain=start)
+        if (found := await self._place(caller, start, messages, last)) is None:
+            return _begun(caller, request, end_user)
         whole, place = found
         talk = Talk(place.id, place.pk, caller, end_user, False, messages[last + 1 :], place.session_id, chain=whole)
         talk.after, talk.title = place.seq, place.title
@@ -230,6 +232,11 @@ def given_id(text: str) -> str | None:
     """The id of a conversation as a frontend's header has it, perhaps with a model behind it; None if it is none."""
     found = text.partition("::")[0].strip()
     return found if _GIVEN_ID.fullmatch(found) else None
+
+
+def _begun(caller: Caller, request: ChatRequest, end_user: str | None) -> Talk:
+    start = threads.seed(caller.user_id, caller.key_id, end_user)
+    return Talk(new_id(), new_pk(), caller, end_user, True, request.messages, None, start, 0)  # an id of ours is free
 
 
 def _continued(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gateway.catalog import Route
-from gateway.wire.chat import ChatRequest, CompletionRequest, take_apart
+from gateway.wire.chat import ChatRequest, take_apart
 from gateway.wire.jsontext import dumps
 from gateway.wire.operation import EMBEDDINGS, MODERATIONS, OperationRequest
 
@@ -20,16 +20,20 @@ CHARACTERS_A_TOKEN_OF_SOUND = 500
 CHARACTERS_A_TOKEN_OF_FILE = 8
 _OF_MESSAGE = frozenset({"role", "content"})
 _ALSO_READ = ("tools", "functions", "response_format")
+_TELLS_OUTPUT = frozenset({"max_completion_tokens", "max_tokens", "n", "best_of", "prompt"})
 _NO_OUTPUT = frozenset({EMBEDDINGS, MODERATIONS})
 
 
 def input_tokens(request: ChatRequest | OperationRequest) -> int:
     """No fewer than the upstream will count, as far as it is text."""
+    if type(request) is ChatRequest:
+        return _of_chat(request.data)
     if isinstance(request, OperationRequest):
         return _of_operation(request)
-    if isinstance(request, CompletionRequest):
-        return _of_any(request.data.get("prompt")) + _of_any(request.data.get("suffix"))
-    data = request.data
+    return _of_any(request.data.get("prompt")) + _of_any(request.data.get("suffix"))
+
+
+def _of_chat(data: Mapping[str, Any]) -> int:
     total = 0
     for message in data["messages"]:
         content = message.get("content")
@@ -47,6 +51,8 @@ def input_tokens(request: ChatRequest | OperationRequest) -> int:
 
 def output_tokens(request: ChatRequest | OperationRequest, unlimited: int) -> int:
     """`unlimited`: for one answer to a request that does not say."""
+    if type(request) is ChatRequest and _TELLS_OUTPUT.isdisjoint(request.data):
+        return unlimited
     if request.operation in _NO_OUTPUT:
         return 0
     data = request.data

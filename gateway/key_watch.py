@@ -30,12 +30,14 @@ class KeyWatch:
         self._known_at = _LONG_AGO
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    def known(self) -> KeyState | None:
+        """If that needs no round trip."""
+        loop = self._loop
+        return self._newest if loop is not None and loop.time() - self._known_at < GOOD_SECONDS else None
+
     async def state(self) -> KeyState:
         """Raises DatabaseUnavailable."""
-        loop = self._loop
-        if loop is not None and loop.time() - self._known_at < GOOD_SECONDS:
-            return self._newest
-        return await self.look()
+        return self.known() or await self.look()
 
     async def look(self) -> KeyState:
         """How it stands now. Raises DatabaseUnavailable."""

@@ -127,7 +127,6 @@ class Ledger:
 
     async def record(self, turn: Turn) -> None:
         """Returns once the turn is durable. Raises NotRecorded."""
-        started = time.perf_counter()
         try:
             await self._accepted(turn)
         except NotRecorded:
@@ -135,7 +134,7 @@ class Ledger:
                 self._metrics.turn_refused()
             raise
         if self._metrics is not None:
-            self._metrics.turn_recorded(time.perf_counter() - started)
+            self._metrics.turn_recorded(self._loop.time() - turn.given_at)
 
     def _accepted(self, turn: Turn) -> asyncio.Future[None]:
         """What the turn's caller waits for; who stops waiting takes nothing but this along."""
@@ -146,13 +145,13 @@ class Ledger:
             self._lost(turn.settlements)
             raise NotRecorded(log="the ledger takes no more turns")
         loop = self._loop
-        turn.waiter, turn.give_up_at = loop.create_future(), loop.time() + DEADLINE
+        turn.waiter, turn.given_at = loop.create_future(), loop.time()
         if not self._waiting:  # else the committer is awake
             self._wake.set()
         self._waiting.append(turn)
         self._waiting_bytes += size
         if self._timer is None:
-            self._timer = loop.call_at(turn.give_up_at, self._tell_late_ones)
+            self._timer = loop.call_at(turn.given_at + DEADLINE, self._tell_late_ones)
         return turn.waiter
 
     def _tell_late_ones(self) -> None:
@@ -161,8 +160,9 @@ class Ledger:
         for turn in self._waiting:
             if turn.waiter is None or turn.waiter.done():
                 continue
-            if turn.give_up_at > self._loop.time():
-                self._timer = self._loop.call_at(turn.give_up_at, self._tell_late_ones)
+            give_up_at = turn.given_at + DEADLINE
+            if give_up_at > self._loop.time():
+                self._timer = self._loop.call_at(give_up_at, self._tell_late_ones)
                 return
             _tell(turn.waiter, NotRecorded(log="no commit in time; the turn is kept and tried again"))
 
@@ -287,12 +287,14 @@ class Ledger:
 
     async def _give_sessions(self, batch: Sequence[Turn]) -> None:
         """A new conversation joins its user's session."""
+        is_news_due = self.sessions.is_news_due
         for turn in batch:
             talk = turn.conversation
             if talk is None:
                 continue
             if talk.is_new and talk.session_id is None:
-                if self.sessions.is_news_due:
+                if is_news_due:
+                    is_news_due = False
                     await self.sessions.look_for_news()
                 known = self.sessions.known(talk.user_id, talk.at)
                 talk.session_id = known or await self.sessions.of(talk.user_id, talk.at)

@@ -40,8 +40,6 @@ _SLASHES = re.compile(r"/{2,}")
 _CALLS = r"chat/completions|completions|embeddings|moderations|images/[a-z]+|audio/[a-z]+"
 _AZURE = re.compile(rf"/openai/deployments/(.+?)(/(?:{_CALLS}))|/openai(/v1(?:/.*)?)")
 _WITHOUT_V1 = re.compile(rf"/({_CALLS}|models)(/.*)?")
-_AS_IT_IS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"})
-"""What most ask for, spelled as the routes are."""
 _VARY: list[Header] = [(b"vary", b"Origin")]
 _METHODS = b"GET, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED = (
@@ -54,8 +52,9 @@ _EXPOSED = (
 
 def headers_by_name(scope: Scope) -> Mapping[bytes, bytes]:
     """The first header of each name (lower case)."""
-    found: dict[bytes, bytes] | None = scope.get("gateway.headers")
-    if found is None:
+    try:
+        found: dict[bytes, bytes] = scope["gateway.headers"]
+    except KeyError:
         found = scope["gateway.headers"] = dict(reversed(scope["headers"]))
     return found
 
@@ -251,7 +250,7 @@ class OnePath:
         self._app = app
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        if scope["type"] == "http" and scope["path"] not in _AS_IT_IS:
+        if scope["type"] == "http":
             azure = _AZURE.fullmatch(_SLASHES.sub("/", scope["path"]).rstrip("/"))
             if azure is not None and azure[1] is not None:
                 scope["state"]["deployment"] = azure[1]

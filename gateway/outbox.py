@@ -25,15 +25,20 @@ class Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._holders: list[Holder] = []
+        self.waiting: list[Holder] = []
+        """To be added to by those who do it for every chunk; by the first of them after `wake`."""
 
     def add(self, holder: Holder) -> None:
-        if not self._holders:
-            self._loop.call_soon(self._flush)
-        self._holders.append(holder)
+        if not self.waiting:
+            self.wake()
+        self.waiting.append(holder)
+
+    def wake(self) -> None:
+        """Somebody waits from now on, and nobody has before."""
+        self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        holders, self._holders = self._holders, []
+        holders, self.waiting = self.waiting, []
         for holder in holders:
             try:
                 holder.flush()

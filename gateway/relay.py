@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from gateway.wire import WireError, repair, splice
 from gateway.wire.chat import ChatRequest, Chunk, Completion, CompletionRequest, Message, Usage, take_apart, text_of
 from gateway.wire.failures import StreamedError, streamed_error
 from gateway.wire.jsontext import dumps, loads
+from gateway.wire.lane import PassChunk
 from gateway.wire.stream import ChatStream
 
 DRAIN_CHARACTERS = 4 * 2000
@@ -34,7 +35,7 @@ class Exchange(Call[ChatRequest]):
         try:
             drain.enter(stop)
             try:
-                completion = await self._try_routes(self._complete_once)
+                completion = await self._try_routes(_ask_for_all, self._mended)
             except GatewayError as failure:
                 raise await self._record_failure(failure) from None
             finally:
@@ -44,17 +45,19 @@ class Exchange(Call[ChatRequest]):
             self._give_back()
             drain.leave(stop)
 
-    async def _complete_once(self, route: Route, request: ChatRequest) -> Completion:
-        completion = await route.backend.complete(request)
-        if not isinstance(completion.data.get("choices"), list):
+    def _mended(self, completion: Completion) -> Completion:
+        """Fit for our client. Raises UpstreamError."""
+        assert self.route is not None
+        told = completion.data
+        if not isinstance(told.get("choices"), list):
             raise UpstreamError("The upstream sent something that is no valid reply.", log="no 'choices' array")
-        self._served_as = told_tier(completion.data.get("service_tier"))  # before it is mended
+        self._served_as = told_tier(told.get("service_tier"))  # before it is mended
         try:
-            mended = repair.completion(completion, model=route.upstream_model, at=self.job.at // 1000)
+            mended = repair.completion(completion, model=self.route.upstream_model, at=self.job.at // 1000)
         except StreamedError as failure:
             raise streamed_error(failure.error) from None
-        told = completion.data.get("usage")
-        if mended is not completion and mended.data.get("usage") is None and repair.is_untrue(told):
+        usage = told.get("usage")
+        if mended is not completion and mended.data.get("usage") is None and repair.is_untrue(usage):
             self._doubt_usage()
         return mended
 
@@ -71,15 +74,20 @@ class Exchange(Call[ChatRequest]):
 
     async def _record_completion(self, completion: Completion) -> Reply:
         choices = [choice for choice in completion.data["choices"] if isinstance(choice, dict)]
-        answers = list(map(_message, choices))
-        reason = choices[0].get("finish_reason") if choices else None
-        outcome = await self._outcome(Usage.read(completion.data.get("usage")), answers, reason)
+        answer, reason = (_message(choices[0]), choices[0].get("finish_reason")) if choices else (None, None)
+        told = Usage.read(completion.data.get("usage"))
+        if told is not None:
+            outcome = self._outcome_as_told(told, reason)
+        else:
+            outcome = await self._outcome(None, [_message(choice) for choice in choices], reason)
         outcome.service_tier = self._served_as
         row = self._row(outcome)
         cost = usd(row.cost_nanousd)
         if self.job.keep is not None:
             self._keep_answer(loads(self._reply_body(completion, outcome, row, cost)), row)
-        await self._record(answers[0] if answers else None, row)
+        turn = self._turn(answer, row)
+        await self._relay.ledger.record(turn)
+        self._was_recorded(turn)
         return Reply(self._reply_body(completion, outcome, row, cost), cost)
 
     def _reply_body(self, completion: Completion, outcome: Outcome, row: UsageRow, cost: float | None) -> bytes:
@@ -104,10 +112,16 @@ class Exchange(Call[ChatRequest]):
             self._stored = self.job.keep.completed(answer, self.job.caller, row.model, row.created_at)
 
 
+def _ask_for_all(route: Route, request: ChatRequest) -> Coroutine[Any, Any, Completion]:
+    return route.backend.complete(request)
+
+
 class StreamExchange(Exchange):
     """A streamed exchange. `open` once, then `read` until `ended`; every call gives the bytes that may leave."""
 
     ended = False
+    pass_chunk: PassChunk | None = None
+    """Set it where what `read` writes leaves in HTTP chunks; it is as good as `write` then."""
     _editor: ChatStream
     _stream: ChunkStream | None = None
     _ttft_ms: int | None = None
@@ -187,7 +201,9 @@ class StreamExchange(Exchange):
         try:
             push = getattr(self._stream, "push", None)
             if write is not None and push is not None and self._editor.failure is None:
-                await push(partial(self._pass_on, write), partial(self._editor.pass_piece, write))
+                editor, way = self._editor, self.pass_chunk
+                find_lane = None if way is None else partial(editor.lane, way)
+                await push(partial(self._pass_on, write), partial(editor.pass_piece, write), find_lane)
             if self._editor.failure is not None:
                 raise _as_upstream_error(self._editor.failure)
             chunks = await self._stream.read()

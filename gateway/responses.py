@@ -115,6 +115,10 @@ class WayOut(Protocol):
         """False: the client takes no more at the moment, so the next one is to be sent. True, and nothing done, once it
         is gone."""
 
+    def pass_chunk(self, chunk: bytes) -> float | None:
+        """`pass_on` for what is framed as an HTTP chunk already; tells the time. None, and nothing done, where more
+        than a write would be to do."""
+
     notes: dict[str, Any]
     """What the application has found out from the head, for later requests of the connection that differ in nothing but
     the length and the content of their body: they have the same notes."""
@@ -169,6 +173,8 @@ class StreamResponse:
     ) -> None:
         self._exchange = exchange
         self._way_out = way_out
+        if way_out is not None and isinstance(exchange, StreamExchange):
+            exchange.pass_chunk = way_out.pass_chunk
         self._drain = drain
         self._headers = headers
         self._first_chunk_wait = first_chunk_wait

@@ -19,7 +19,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent, HTTPScope
@@ -35,11 +36,24 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(rb'[^\x00-\x1f\x7f()<>@,;:\\\[\]={} \t"]++')
 _IN_NO_VALUE = bytes({*range(0x20), 0x7F} - {0x09})
-_MOST_NAMES = 256
+_MOST_SHAPES = 256
 _MOST_IN_ONE = 64 * 1024
 """Bytes of a body that are copied to leave with the head."""
-_names: set[bytes] = set()
-"""Of headers, those that were told before: sound and in lower case."""
+
+
+@dataclass(slots=True)
+class _Shape:
+    """What an answer's headers are by their names: `lines` to put the values in, and the places of those that count
+    here (None: there is none)."""
+
+    lines: bytes
+    connection: int | None
+    encoding: int | None
+    length: int | None
+
+
+_shapes: dict[tuple[bytes, ...], _Shape] = {}
+"""By names that were told before: sound and in lower case."""
 
 
 class _SizeLines(dict[int, bytes]):
@@ -263,6 +277,15 @@ class GatewayCycle:
         self.transport.write_soon(_SIZE_LINES[len(data)] + data + b"\r\n")
         return not self.flow.write_paused
 
+    def pass_chunk(self, chunk: bytes) -> float | None:
+        """`pass_on` for what is framed as a chunk already; tells the time. None, and nothing done, where more than a
+        write would be to do."""
+        if not self._chunked or self.flow.write_paused:
+            return None
+        self.passed_at = now = self._loop.time()
+        self.transport.write_soon(chunk)
+        return now
+
     def _pass_unchunked(self, data: bytes) -> bool:
         if self.disconnected:
             return True
@@ -287,27 +310,24 @@ class GatewayCycle:
         self.response_started = True
         self._expects_100_continue = False
         told = [*self._default_headers, *headers]
-        framing = dict(told)
-        if not _names.issuperset(framing):
-            told = _with_sound_names(told)
-            framing = dict(told)
-        lines = b"\r\n".join([*map(b": ".join, told), b""])
-        if len(lines) - len(lines.translate(None, _IN_NO_VALUE)) != 2 * len(told):
+        names, values = zip(*told, strict=True) if told else ((), ())
+        shape = _shapes.get(names) or _shape_of(names)
+        together = b"".join(values)
+        if len(together) != len(together.translate(None, _IN_NO_VALUE)):
             raise _unsound()
-        return b"".join([STATUS_LINE[status], lines, self._frame(status, framing), b"\r\n"])
+        return b"".join((STATUS_LINE[status], shape.lines % values, self._frame(status, shape, values), b"\r\n"))
 
-    def _frame(self, status: int, told: dict[bytes, bytes]) -> bytes:
+    def _frame(self, status: int, shape: _Shape, values: Sequence[bytes]) -> bytes:
         """Settles how the body is framed and whether the connection goes on. Gives the lines that nobody told."""
         untold = b""
-        says_close = b"connection" in told and b"close" in told[b"connection"].lower().replace(b" ", b"").split(b",")
-        if says_close:
+        if shape.connection is not None and _says_close(values[shape.connection]):
             self.keep_alive = False
         elif not self._goes_on():
             untold += b"connection: close\r\n"
-        if b"transfer-encoding" in told and told[b"transfer-encoding"].lower() == b"chunked":
+        if shape.encoding is not None and values[shape.encoding].lower() == b"chunked":
             self._chunked = self.scope["method"] != "HEAD"
-        elif b"content-length" in told:
-            self._left = int(told[b"content-length"])
+        elif shape.length is not None:
+            self._left = int(values[shape.length])
         elif self.scope["http_version"] == "1.0":
             self._left = None
         elif self.scope["method"] != "HEAD" and status not in (204, 304):
@@ -355,15 +375,21 @@ class GatewayCycle:
         return self.keep_alive
 
 
-def _with_sound_names(told: Iterable[Header]) -> list[Header]:
-    """In lower case, and remembered. Raises RuntimeError."""
-    lowered = [(name.lower(), value) for name, value in told]
-    for name, _ in lowered:
-        if _NAME.fullmatch(name) is None:
-            raise _unsound()
-        if len(_names) < _MOST_NAMES:
-            _names.add(name)
-    return lowered
+def _shape_of(told: Iterable[bytes]) -> _Shape:
+    """Remembered, if the names are in lower case. Raises RuntimeError."""
+    names = tuple([name.lower() for name in told])
+    if not all(map(_NAME.fullmatch, names)):
+        raise _unsound()
+    lines = b"".join([name.replace(b"%", b"%%") + b": %b\r\n" for name in names])
+    place = {name: place for place, name in enumerate(names)}.get  # of the last one
+    shape = _Shape(lines, place(b"connection"), place(b"transfer-encoding"), place(b"content-length"))
+    if len(_shapes) < _MOST_SHAPES:
+        _shapes[names] = shape
+    return shape
+
+
+def _says_close(connection: bytes) -> bool:
+    return b"close" in connection.lower().replace(b" ", b"").split(b",")
 
 
 def _unsound() -> RuntimeError:

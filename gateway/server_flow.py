@@ -60,7 +60,10 @@ class Outlet:
         if held:
             size += self._size
         else:
-            self._outbox.add(self)
+            waiting = self._outbox.waiting
+            if not waiting:
+                self._outbox.wake()
+            waiting.append(self)
         held.append(data)
         self._size = size
         if size > _MOST_HELD:

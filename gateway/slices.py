@@ -93,7 +93,8 @@ class _Slice:
             and (budget is None or self.cost >= cost)
         )
 
-    def take(self, tokens: int, cost: int) -> None:
+    def take(self, tokens: int, cost: int, now: float) -> bool:
+        """For a call, which is counted. True: it is time to ask for more."""
         _, request_rate, _, token_rate, capacity, parallel, budget, _, _ = self.account
         if request_rate is not None:
             self.requests -= 1
@@ -106,7 +107,9 @@ class _Slice:
             self.slots -= 1
         if budget is not None:
             self.cost -= cost
+        self.count(tokens, cost, now)
         self.calls_until_due -= 1
+        return self.calls_until_due <= 0 or now > self.good_until - GOOD_SECONDS / 2
 
     def count(self, tokens: int, cost: int, now: float) -> None:
         if now - self.since >= GOOD_SECONDS:
@@ -172,9 +175,7 @@ class Slices:
             slices.append(held)
         periods = []
         for held in slices:
-            held.take(tokens, cost)
-            held.count(tokens, cost, now)
-            if held.calls_until_due <= 0 or now > held.good_until - GOOD_SECONDS / 2:
+            if held.take(tokens, cost, now):
                 self._due[held.account.subject] = None
             periods.append(held.period)
         requests, tokens_left = slices[0].levels() if slices else (None, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.caller import Caller
@@ -29,38 +28,62 @@ class Hold(Protocol):
         """`recorded`: its turn is durable. What is given back, if that takes a while, by when all workers know."""
 
 
-@dataclass(slots=True)
-class Talk:
+class Talk(ConversationTurn):
     """A conversation while one turn runs on it; `close` it when the call is over, however it ended.
 
     `asked` are the new messages of the client, `history` the stored ones that are sent before the client's. `preface`
-    is sent and stored, `reminder` only sent. `chain` is that before the first new message.
+    is sent and stored, `reminder` only sent. `chain` is that before the first new message. `is_empty`: it is there, and
+    nothing was said yet. `recorded`: its turn is durable.
     """
 
-    id: str
-    pk: str
-    caller: Caller
-    end_user: str | None
-    is_new: bool
-    asked: Sequence[Message]
-    session_id: str | None = None
-    history: Sequence[StoredMessage] = ()
-    chain: str = ""
-    preface: Message | None = None
-    reminder: Message | None = None
-    title: str | None = None
-    is_empty: bool = False
-    """It is there, and nothing was said yet."""
-    is_named: bool = False
-    """It is new, under a name that somebody chose and others may be making at the same time."""
-    after: int | None = None
-    parent: Parent | None = None
-    lease: Lease | None = None
-    hold: Hold | None = None
-    keeps_content: bool = True
-    omitted_turns: int = 0
-    recorded: bool = False
-    """Its turn is durable."""
+    __slots__ = (
+        "asked", "caller", "chain", "history", "hold", "is_empty", "keeps_content", "omitted_turns", "preface",
+        "recorded", "reminder",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: str,
+        pk: str,
+        caller: Caller,
+        end_user: str | None,
+        is_new: bool,
+        asked: Sequence[Message],
+        session_id: str | None = None,
+        chain: str = "",
+        after: int | None = None,
+        is_named: bool = False,
+    ) -> None:
+        """Sets what it is as a turn, too, field by field: each call makes one."""
+        self.pk = pk
+        self.id = id
+        self.user_id = caller.user_id
+        self.key_id = caller.key_id
+        self.end_user = end_user
+        self.session_id = session_id
+        self.is_new = is_new
+        self.is_named = is_named
+        self.title: str | None = None
+        self.messages: Sequence[StoredMessage] = ()
+        self.at = 0
+        self.tokens_input = 0
+        self.tokens_output = 0
+        self.cost_nanousd = 0
+        self.after = after
+        self.parent: Parent | None = None
+        self.lease: Lease | None = None
+        self.gives_title = False
+        self.caller = caller
+        self.asked = asked
+        self.chain = chain
+        self.history: Sequence[StoredMessage] = ()
+        self.preface: Message | None = None
+        self.reminder: Message | None = None
+        self.hold: Hold | None = None
+        self.is_empty = False
+        self.recorded = False
+        self.keeps_content = True
+        self.omitted_turns = 0
 
     @property
     def begins(self) -> bool:
@@ -78,7 +101,7 @@ class Talk:
         output_tokens: int,
         cost_nanousd: int,
     ) -> ConversationTurn:
-        """What this turn adds: the new messages of the client and, if there is one, the answer."""
+        """What this turn adds, for the ledger: the new messages of the client and, if there is one, the answer."""
         stored: list[StoredMessage] = []
         chain = self.chain
         asked = [self.preface, *self.asked] if self.preface is not None else self.asked
@@ -91,35 +114,23 @@ class Talk:
                 answer = {**answer, "role": "assistant"}
             content = dumps(answer.get("content"))
             chain = partial(chain) if finish_reason in PARTIAL else linked(chain, answer, content)
-            said = _stored(answer, content, chain, output_tokens, cost_nanousd, clean(model), clean(finish_reason))
-            said.omitted_turns = self.omitted_turns
+            said = _stored(answer, content, chain)
+            said.tokens, said.cost_nanousd, said.omitted_turns = output_tokens, cost_nanousd, self.omitted_turns
+            said.model, said.finish_reason = clean(model), clean(finish_reason)
             stored.append(said)
-        title, caller = self.title, self.caller
+        self.gives_title = self.is_empty and self.title is None
         if not self.keeps_content:
             for kept in stored:
                 kept.content, kept.extra, kept.chain = "null", None, None
-        elif title is None and self.begins:
-            title = _title(self.asked)
-        return ConversationTurn(
-            self.pk,
-            self.id,
-            caller.user_id,
-            caller.key_id,
-            self.end_user,
-            self.session_id,
-            self.is_new,
-            title,
-            at,
-            stored,
-            self.is_named,
-            input_tokens,
-            output_tokens,
-            cost_nanousd,
-            self.after,
-            self.parent,
-            self.lease,
-            self.is_empty and self.title is None,
-        )
+        elif self.title is None and self.begins:
+            self.title = _title(self.asked)
+        self.at = at
+        self.messages = stored
+        self.tokens_input = input_tokens
+        self.tokens_output = output_tokens
+        self.cost_nanousd = cost_nanousd
+        self.asked = self.history = ()  # it may wait long for the database, with no more than its rows
+        return self
 
     def branch_off(self) -> None:
         """It goes on from what it has seen, in a conversation of its own."""
@@ -128,8 +139,8 @@ class Talk:
         self.id, self.pk, self.is_new, self.session_id = new_id(), new_pk(), True, None
 
     def was_recorded(self, turn: ConversationTurn) -> None:
-        """The turn is durable; as a branch, if somebody else was quicker."""
-        self.id, self.recorded = turn.id, True
+        """The turn is durable; as a branch, if somebody else was quicker: then it has another id."""
+        self.recorded = True
 
     def close(self) -> asyncio.Future[object] | None:
         """Lets others have what it held."""
@@ -162,32 +173,17 @@ def branched(turn: ConversationTurn) -> bool:
     return True
 
 
-def _stored(
-    message: Message,
-    content: bytes,
-    chain: str,
-    tokens: int = 0,
-    cost_nanousd: int | None = None,
-    model: str | None = None,
-    finish_reason: str | None = None,
-) -> StoredMessage:
+def _stored(message: Message, content: bytes, chain: str) -> StoredMessage:
     role: str = message["role"]
     extra = None
     if len(message) > 2 or "content" not in message:
-        extra = {key: value for key, value in message.items() if key != "role" and key != "content"}
+        rest = {**message}
+        del rest["role"]
+        rest.pop("content", None)
+        extra = dumps(rest).decode() if rest else None
     if role not in PLAIN_ROLES:
         chain, role = "" if role in NOT_CHAINED else chain, clean(role)
-    return StoredMessage(
-        f"msg_{ordered_hex()}",
-        role,
-        content.decode(),
-        dumps(extra).decode() if extra else None,
-        chain or None,
-        tokens,
-        cost_nanousd,
-        model,
-        finish_reason,
-    )
+    return StoredMessage(f"msg_{ordered_hex()}", role, content.decode(), extra, chain or None)
 
 
 def _title(messages: Sequence[Message]) -> str | None:
@@ -195,7 +191,8 @@ def _title(messages: Sequence[Message]) -> str | None:
     said = ""
     for item in messages:
         if item.get("role") == "user":
-            said = text_of(item.get("content"))
+            content = item.get("content")
+            said = content if type(content) is str else text_of(content)
             break
     begin = said[: TITLE_LENGTH + 1]
     if begin.isprintable() and "  " not in begin and begin.strip() == begin:  # then this is what comes out below

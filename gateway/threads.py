@@ -27,6 +27,7 @@ PARTIAL = frozenset({"client_disconnected", "interrupted", "error"})
 """The `finish_reason` of an answer that may be more or less than its client has."""
 NOT_CHAINED = frozenset({"system", "developer"})
 PLAIN_ROLES = frozenset({"user", "assistant"})
+_NOTHING_SAID = blake2b(digest_size=16)
 _TASK = "### Task:"
 _MAY_BEGIN_TASK = "# \t\r\n"
 
@@ -50,9 +51,12 @@ def link(previous: str, message: Message) -> str:
 def linked(previous: str, message: Message, content: bytes) -> str:
     """The same; `content` is the message's, as JSON."""
     role = message.get("role")
-    if role in NOT_CHAINED:
-        return previous
-    return _hash(previous.encode() + (_plainly_said(role, message, content) or dumps(_said(role, message))))
+    text, begin = message.get("content"), _BEGINS.get(role)
+    if begin is not None and type(text) is str and (len(message) == 2 or _NOT_PLAIN.isdisjoint(message)):
+        if (bare := text.strip()) != text:
+            content = dumps(bare)
+        return _hash(b"".join((previous.encode(), begin, content, _NOTHING_ELSE)))  # `_said` as JSON
+    return previous if role in NOT_CHAINED else _hash(previous.encode() + dumps(_said(role, message)))
 
 
 def partial(previous: str) -> str:
@@ -225,20 +229,14 @@ def _message(role: str, content: str, extra: str | None) -> Message:
 
 
 def _hash(said: bytes) -> str:
-    return blake2b(said, digest_size=16).hexdigest()
+    hashed = _NOTHING_SAID.copy()
+    hashed.update(said)
+    return hashed.hexdigest()
 
 
-def _plainly_said(role: object, message: Message, content: bytes) -> bytes | None:
-    """`_said` as JSON, for a message that has a text and nothing else that counts; None for another one."""
-    text, begin = message.get("content"), _BEGINS.get(role)
-    if begin is None or type(text) is not str or (len(message) > 2 and not _NOT_PLAIN.isdisjoint(message)):
-        return None
-    if (bare := text.strip()) != text:
-        content = dumps(bare)
-    return begin + content + b",[],[],null]"
-
-
+# A message that has a text and nothing else that counts.
 _BEGINS: Mapping[object, bytes] = {"user": b'["user",', "assistant": b'["assistant",'}
+_NOTHING_ELSE = b",[],[],null]"
 _OF_A_CALL = frozenset({"id", "index"})
 _NOT_PLAIN = frozenset({"tool_calls", "function_call", "tool_call_id", "audio"})
 

@@ -61,6 +61,9 @@ def claim_of(
 
 def most(holds: Sequence[Settlement]) -> tuple[int, int]:
     """The tokens and nano-dollars that a call has reserved; 0 where these are not limited."""
+    if len(holds) == 1:
+        [(_, _, _, tokens, _, cost, _, _)] = holds
+        return tokens, cost
     tokens = cost = 0
     for one in holds:
         if one.tokens_held > tokens:

@@ -29,8 +29,8 @@ class Turn:
     settled: bool = field(default=False, compare=False)
     """It is durable, or never will be."""
     waiter: asyncio.Future[None] | None = field(default=None, compare=False)
-    give_up_at: float = field(default=0.0, compare=False)
-    """When the waiter is told that it takes too long, by the loop's clock."""
+    given_at: float = field(default=0.0, compare=False)
+    """When the ledger got it, by the loop's clock: a waiter is told when it takes too long."""
 
     size: int = field(default=0, compare=False)
     """Bytes of content, about; known once it is recorded."""
@@ -64,15 +64,19 @@ def steps(batch: Sequence[Turn]) -> list[Step]:
             named.append((talk.session_id, talk.pk))
         if talk.lease is not None:
             leases.append(talk.lease)
-    return [
-        usage.insert(rows),
-        *conversations.save(talks),
-        sessions.add_totals(_session_totals(talks)),
-        sessions.count_named(named),
-        limits.settlement_step(summed(settlements)),
-        *stored.save(completions),
-        turn_leases.release_step(leases),
-    ]
+    work = [usage.insert(rows)]
+    if talks:
+        work += conversations.save(talks)
+        work.append(sessions.add_totals(_session_totals(talks)))
+    if named:
+        work.append(sessions.count_named(named))
+    if settlements:
+        work.append(limits.settlement_step(summed(settlements)))
+    if completions:
+        work += stored.save(completions)
+    if leases:
+        work.append(turn_leases.release_step(leases))
+    return work
 
 
 def size_of(turn: Turn) -> int:

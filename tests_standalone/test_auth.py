@@ -568,6 +568,18 @@ async def test_who_was_identified_is_recognized_as_long_as_it_would_be_identifie
     assert await auth.recognize(digest(secret)) is None
 
 
+async def test_who_is_recognized_without_a_round_trip(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    auth = make_auth(sqlite)
+    _, secret = await add_key(sqlite)
+    assert auth.recognize_at_once(digest(secret)) is None
+    caller = await auth.identify(peer(LOCAL, bearer(secret)))
+    monkeypatch.setattr("gateway.key_watch.GOOD_SECONDS", 1e9)
+    assert auth.recognize_at_once(digest(secret)) == caller
+    assert auth.recognize_at_once(digest("sk-another")) is None
+    monkeypatch.setattr("gateway.key_watch.GOOD_SECONDS", 0.0)
+    assert auth.recognize_at_once(digest(secret)) is None
+
+
 @pytest.mark.parametrize("admin_key", ["", "sk-admin"])
 async def test_nobody_is_recognized_without_a_key_of_the_database(sqlite: Database, admin_key: str) -> None:
     auth = make_auth(sqlite, admin_key=admin_key)

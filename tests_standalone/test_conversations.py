@@ -552,7 +552,7 @@ async def test_the_first_call_of_a_conversation_asks_the_database_nothing(sqlite
         assert talk is not None
         turn = talk.turn(YES, NOON, model="m", finish_reason="stop", input_tokens=1, output_tokens=1, cost_nanousd=1)
         statements = [sql for sql, values in rows_of.save([turn]) if values]
-        assert statements == [rows_of.CREATE, rows_of.INSERT_BY_OWNER]
+        assert statements == [rows_of.CREATE_ALONE, rows_of.INSERT_AT]
     assert (unsteady.fetched, unsteady.written) == ([], [])
     await conversations.open(ANN, request("hi", YES, "more"), None)
     assert len(unsteady.fetched) == 1

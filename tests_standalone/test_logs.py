@@ -153,7 +153,7 @@ def test_a_line_of_the_access_log(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["json", "text"])
-@pytest.mark.parametrize("text", [*FORGERIES, "", "a b", 'a"b', "a=b", "a\\b", "é🙂"], ids=ascii)
+@pytest.mark.parametrize("text", [*FORGERIES, "", "a b", 'a"b', "a=b", "a\\b", "é🙂", "%s%"], ids=ascii)
 def test_it_is_the_line_that_a_record_makes(monkeypatch: pytest.MonkeyPatch, kind: str, text: str) -> None:
     """A66. Whatever a client sends."""
     for field in ("request_id", "method", "path", "client", "user", "model"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from starlette.routing import Route, Router
 
+from gateway.app import DIALECTS
 from gateway.errors import BadRequest, Unauthenticated, UpstreamError
 from gateway.logs import JSONFormatter
 from gateway.middleware import CORS, App, ErrorBoundary, Observed, OnePath, not_found, one_path
@@ -63,6 +64,13 @@ Headers = dict[str, str]
 def test_one_path(path: str, known: str) -> None:
     assert one_path(path) == known
     assert one_path(known) == known
+
+
+def test_routes_are_spelled_as_they_are_known() -> None:
+    """So a request for one of them needs no other spelling."""
+    paths = [path for dialect in DIALECTS for _, path, _, _ in dialect.ENDPOINTS if "{" not in path]
+    assert "/v1/chat/completions" in paths
+    assert [one_path(path) for path in paths] == paths
 
 
 # The stack, as the application builds it

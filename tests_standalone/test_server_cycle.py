@@ -311,6 +311,7 @@ class TestFraming:
             ([start((b"x y", b"a"))], b""),
             ([start((b"x:", b"a"))], b""),
             ([start((b"", b"a"))], b""),
+            ([start((b"x", b"a\n"), (b"x", b"b"))], b""),
         ],
     )
     async def test_an_application_that_breaks_the_rules_fails(
@@ -331,6 +332,15 @@ class TestFraming:
         async with connected(says(start(LENGTH_5, (b"x-a", value)), body(b"hello"))) as client:
             await client.send(GET)
             assert await client.read_all() == b""
+
+    async def test_the_last_of_several_counts_and_all_are_sent(self) -> None:
+        told = [(b"x-%s", b"%b"), (b"content-length", b"4"), (b"x-%s", b"2"), (b"content-length", b"5")]
+        async with connected(says(start(*told), body(b"hello"))) as client:
+            for _ in range(2):
+                await client.send(GET)
+                assert await client.read_until(b"hello") == (
+                    b"HTTP/1.1 200 OK\r\nx-%s: %b\r\ncontent-length: 4\r\nx-%s: 2\r\ncontent-length: 5\r\n\r\nhello"
+                )
 
     async def test_names_are_sent_in_lower_case_each_time(self) -> None:
         async with connected(says(start((b"Content-Length", b"5"), (b"X-Twice", b"A")), body(b"hello"))) as client:

@@ -66,6 +66,18 @@ def peer(scope: Scope) -> Peer:
     )
 
 
+def recognized(scope: Scope) -> Caller | None:
+    """Who is asking, where the request's head is like that of one before. None: `identify` it. Raises Unavailable."""
+    state = scope["state"]
+    found: Services = state["services"]
+    found.readiness.check()
+    key = notes(scope).get("key")
+    caller = None if key is None else found.auth.recognize_at_once(key)
+    if caller is not None:
+        state["user"] = caller.user_id
+    return caller
+
+
 async def identify(scope: Scope) -> Caller:
     """Who is asking. Raises Unauthenticated, BadRequest, Unavailable. Nothing of the body is read for it."""
     state = scope["state"]
@@ -84,11 +96,18 @@ async def identify(scope: Scope) -> Caller:
 async def find_model(scope: Scope, caller: Caller, name: str | None, assumed: str | None = None) -> Model:
     """The model that a request names, in its body or its path; else the assumed one, else the default. Raises
     ModelNotFound, PermissionDenied."""
-    state = scope["state"]
-    asked = name or state.get("deployment")
-    found: Services = state["services"]
-    model = await found.catalog.resolve(asked or assumed)
-    state["model"] = model.name
+    asked = name or scope["state"].get("deployment")
+    return _allowed(scope, caller, await services(scope).catalog.resolve(asked or assumed), asked)
+
+
+def configured_model(scope: Scope, caller: Caller, name: str | None) -> Model | None:
+    """The same, of those that the configuration has. None: `find_model`. Raises PermissionDenied."""
+    model = services(scope).catalog.configured(name or None)
+    return None if model is None else _allowed(scope, caller, model, name)
+
+
+def _allowed(scope: Scope, caller: Caller, model: Model, asked: str | None) -> Model:
+    scope["state"]["model"] = model.name
     caller.check_model(model.name, asked)
     return model
 
@@ -145,11 +164,27 @@ def media_type(scope: Scope) -> str:
     return (told or b"").partition(b";")[0].strip().lower().decode("latin-1")
 
 
+def json_at_hand(scope: Scope, receive: Receive) -> bytes | None:
+    """The body of a JSON route, where all of it is here and the head is like that of one that was right. None: read it.
+    Raises BodyTooLarge."""
+    if "is_json" not in notes(scope):
+        return None
+    body = at_hand(receive)
+    if body is not None:
+        limit = _bytes(services(scope).settings.server.max_body_mb)
+        if len(body) > limit:
+            raise _too_large(limit, "server.max_body_mb")
+        scope["state"]["body_read"] = True
+    return body
+
+
 def read_json_body(scope: Scope, receive: Receive) -> Awaitable[bytes]:
     """The body of a JSON route. Raises UnsupportedMediaType, and BodyTooLarge: before reading if the length is told."""
     kind = media_type(scope)
     if kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedMediaType("Send the body as JSON, with `Content-Type: application/json`.")
+    if b"content-encoding" not in headers_by_name(scope):
+        notes(scope)["is_json"] = True
     return _read_body(scope, receive, services(scope).settings.server.max_body_mb, "server.max_body_mb")
 
 
@@ -162,7 +197,7 @@ async def _read_body(scope: Scope, receive: Receive, megabytes: float, setting: 
     headers = headers_by_name(scope)
     if b"content-encoding" in headers and headers[b"content-encoding"] != b"identity":
         raise UnsupportedMediaType("Compressed request bodies are not accepted. Send the body as it is.")
-    limit = int(megabytes * 1024 * 1024)
+    limit = _bytes(megabytes)
     length = headers.get(b"content-length")
     if length is not None and int(length) > limit:
         raise _too_large(limit, setting)
@@ -189,6 +224,10 @@ async def _gathered(receive: Receive, limit: int, setting: str) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+def _bytes(megabytes: float) -> int:
+    return int(megabytes * 1024 * 1024)
 
 
 def _too_large(limit: int, setting: str) -> BodyTooLarge:

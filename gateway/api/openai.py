@@ -15,11 +15,14 @@ from gateway.api.common import (
     Services,
     call_headers,
     check_refused,
+    configured_model,
     cost_header,
     end_user,
     find_model,
     identify,
+    json_at_hand,
     read_json_body,
+    recognized,
     services,
 )
 from gateway.auth import Caller
@@ -59,9 +62,10 @@ class ChatCompletions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, found = time.perf_counter(), services(scope)
-        caller = await identify(scope)
+        caller = recognized(scope) or await identify(scope)
         found.relay.ledger.check()
-        request = self.request_type.parse(await read_json_body(scope, receive))
+        body = json_at_hand(scope, receive)
+        request = self.request_type.parse(await read_json_body(scope, receive) if body is None else body)
         job = await self._job(scope, receive, found, caller, request, started)
         try:
             exchange = StreamExchange(found.relay, job) if job.request.stream else Exchange(found.relay, job)
@@ -74,7 +78,7 @@ class ChatCompletions:
             finally:
                 scope["state"]["client_left"] = exchange.stopped == "client_disconnected"
         finally:
-            if job.talk is not None:
+            if job.talk is not None and job.talk.hold is not None:
                 await job.talk.aclose()
 
     def _stream(
@@ -93,14 +97,15 @@ class ChatCompletions:
         self, scope: Scope, receive: Receive, found: Services, caller: Caller, request: ChatRequest, started: float
     ) -> Job[ChatRequest]:
         request_id = scope["state"]["request_id"]
-        model = await find_model(scope, caller, request.model)
+        model = configured_model(scope, caller, request.model) or await find_model(scope, caller, request.model)
         check_refused(found, caller, model, request.data)
         _check_policy(found, request)
         keep = stored.wanted(request, request_id, allowed=found.settings.conversations.store_content)
         named = end_user(scope, request.data)
         talk = await _talk(scope, receive, found, caller, request, named) if self.has_turns else None
         try:
-            await found.conversations.fit(talk, request, model)
+            if talk is not None and talk.history:
+                await found.conversations.fit(talk, request, model)
             shown = request if keep is None else stored.for_upstream(request)
             outgoing = found.conversations.prepare(shown, talk) if self.has_turns else _without_id(shown)
         except BaseException:

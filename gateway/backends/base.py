@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from gateway.wire.chat import ChatRequest, Chunk, Completion
+from gateway.wire.lane import FindLane
 from gateway.wire.operation import CHAT, OperationRequest
 
 
@@ -43,12 +44,18 @@ class ChunkStream(Protocol):
 class PushingStream(ChunkStream, Protocol):
     """One that can also hand over its chunks while the socket is being read."""
 
-    async def push(self, take: Callable[[Sequence[Chunk]], bool], take_events: Callable[[bytes], bool | None]) -> None:
+    async def push(
+        self,
+        take: Callable[[Sequence[Chunk]], bool],
+        take_events: Callable[[bytes], bool | None],
+        find_lane: FindLane | None = None,
+    ) -> None:
         """Returns when one of them says False and raises what they raise, or UpstreamError; the rest, the end too, is
         left to `read`.
 
         What may be whole events in OpenAI's shape, as it came, is offered to `take_events` first. None: it does not
-        know these, and has done nothing; they are decoded then, for `take`."""
+        know these, and has done nothing; they are decoded then, for `take`. `find_lane` may be asked for a lane, which
+        takes reads as they are (`wire.lane`)."""
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@
       client_tunnel     CONNECT, where connections go through a proxy
       client_protocol   one socket, one exchange after another
       client_reply      the reply: parser, buffer, time limits
+      client_head       heads that need no parser
       client_inflate    replies that come compressed unasked
 
 Rules:
@@ -31,6 +32,7 @@ import asyncio
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gateway.backends.client_dial import Dialer
 from gateway.backends.client_inflate import ENCODINGS, InflatedReply
@@ -43,8 +45,18 @@ from gateway.backends.transport import Access, Body, Response, Timeouts
 from gateway.errors import UNSENT, NeverSent, UpstreamError, UpstreamUnreachable
 
 _REPEATABLE = frozenset({"GET", "HEAD"})
-_KEPT_TARGETS = 1024
+_KEPT_WAYS = 1024
 _KEPT_HEADERS = 128
+
+
+@dataclass(slots=True)
+class _Way:
+    """What a method and a URL come to. `lines`: those of the headers that went there last."""
+
+    target: Target
+    pool: Pool
+    headers: Mapping[str, str] = field(default_factory=dict)
+    lines: bytes = b""
 
 
 class HTTPTransport:
@@ -63,7 +75,7 @@ class HTTPTransport:
         self._most = max_connections_per_origin
         self._idle_seconds = idle_seconds
         self.pools: dict[Origin, Pool] = {}
-        self._targets: dict[tuple[str, str], tuple[Target, Pool]] = {}
+        self._ways: dict[tuple[str, str], _Way] = {}
         self._header_lines = functools.lru_cache(_KEPT_HEADERS)(header_lines)
         self._closed = False
 
@@ -72,17 +84,21 @@ class HTTPTransport:
         if body is not None and not isinstance(body, bytes):
             upload, body = Upload(body), None
         try:
-            target, pool = self._targets.get((method, url)) or self._target(method, url)
-            head = target.head(self._header_lines(tuple(headers.items())), body, in_chunks=upload is not None)
+            way = self._ways.get((method, url)) or self._way(method, url)
+            if way.headers is not headers:
+                way.headers, way.lines = headers, self._header_lines(tuple(headers.items()))
+            head = way.target.head(way.lines, body, in_chunks=upload is not None)
         except ValueError as failure:
             raise UpstreamError("The request to the upstream cannot be sent.", log=str(failure)) from None
+        pool = way.pool
         end = math.inf if timeouts.total is None else self._loop.time() + timeouts.total
         connection = pool.take() or await self._connection(pool, timeouts, end)
         repeatable = connection.used and method in _REPEATABLE and upload is None
         bodiless = method == "HEAD"
         reply = connection.begin(head, upload or body, bodiless=bodiless, timeouts=timeouts, end=end)
         try:
-            await reply.head(timeouts.first_byte)
+            await reply.head_came(timeouts.first_byte)
+            reply.check_head()
         except UpstreamError as failure:
             reply.close()
             if upload is not None and upload.failure is not None:
@@ -102,16 +118,16 @@ class HTTPTransport:
         self._dialer.close()
         await asyncio.gather(*(pool.aclose() for pool in self.pools.values()))
 
-    def _target(self, method: str, url: str) -> tuple[Target, Pool]:
+    def _way(self, method: str, url: str) -> _Way:
         target = target_of(method, url)
         pool = self.pools.get(target.origin)
         if pool is None:
             pool = Pool(target.origin, self._dialer, most=self._most, idle_seconds=self._idle_seconds)
             self.pools[target.origin] = pool
-        if len(self._targets) >= _KEPT_TARGETS:
-            self._targets.clear()
-        self._targets[method, url] = target, pool
-        return target, pool
+        if len(self._ways) >= _KEPT_WAYS:
+            self._ways.clear()
+        way = self._ways[method, url] = _Way(target, pool)
+        return way
 
     async def _connection(self, pool: Pool, timeouts: Timeouts, end: float, *, fresh: bool = False) -> Connection:
         until = end if timeouts.connect is None else min(end, self._loop.time() + timeouts.connect)
@@ -131,7 +147,8 @@ class HTTPTransport:
 
 async def _head_of(reply: Reply, timeouts: Timeouts) -> None:
     try:
-        await reply.head(timeouts.first_byte)
+        await reply.head_came(timeouts.first_byte)
+        reply.check_head()
     except BaseException:
         reply.close()
         raise

@@ -12,6 +12,7 @@ import math
 from collections import deque
 
 from gateway.backends.client_dial import GOODBYE_SECONDS, Dialer
+from gateway.backends.client_head import KnownHeads
 from gateway.backends.client_protocol import Connection
 from gateway.backends.client_request import Origin
 from gateway.outbox import Outbox
@@ -30,6 +31,7 @@ class Pool:
         self.idle: dict[Connection, None] = {}
         self.sockets: set[Connection] = set()
         self._outbox = Outbox(asyncio.get_running_loop())
+        self._heads = KnownHeads()
         self._closed = False
         self._emptied: asyncio.Future[None] | None = None
 
@@ -101,7 +103,9 @@ class Pool:
 
     async def _dial(self, until: float) -> Connection:
         loop = asyncio.get_running_loop()
-        connection = await self._dialer.dial(self._origin, lambda: Connection(self, loop, self._outbox), until)
+        connection = await self._dialer.dial(
+            self._origin, lambda: Connection(self, loop, self._outbox, self._heads), until
+        )
         if self._closed:
             connection.drop()
         if not connection.open or connection.transport.is_closing():

@@ -17,6 +17,7 @@ import select
 import socket
 from typing import Protocol, cast
 
+from gateway.backends.client_head import KnownHeads
 from gateway.backends.client_reply import Reply
 from gateway.backends.client_upload import Upload
 from gateway.backends.transport import Timeouts
@@ -45,12 +46,15 @@ class Owner(Protocol):
 class Connection(asyncio.Protocol):
     """`open` while its socket is good for another exchange or for the running one."""
 
-    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop, outbox: Outbox) -> None:
+    def __init__(
+        self, owner: Owner, loop: asyncio.AbstractEventLoop, outbox: Outbox, heads: KnownHeads | None = None
+    ) -> None:
         self.open = False
         self.used = False
         self._owner = owner
         self._loop = loop
         self._outbox = outbox
+        self._heads = heads
         self._hung_up: select.poll | None = None
         self.transport: asyncio.Transport
         self._reply: Reply | None = None
@@ -71,7 +75,7 @@ class Connection(asyncio.Protocol):
     ) -> Reply:
         """Sends a request, together with those that others send now. What does not fit into the socket follows by
         itself while the reply is awaited."""
-        reply = self._reply = Reply(self, self._loop, bodiless=bodiless, timeouts=timeouts, end=end)
+        reply = self._reply = Reply(self, self._loop, bodiless=bodiless, timeouts=timeouts, end=end, heads=self._heads)
         self.used = True
         self._last = None
         if isinstance(body, Upload):
@@ -208,10 +212,13 @@ class Connection(asyncio.Protocol):
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def data_received(self, data: bytes) -> None:
-        if self._reply is not None:
-            self._reply.feed(data)
-        else:
+        reply = self._reply
+        if reply is None:
             self.drop()
+            return
+        lane = reply.lane
+        if lane is None or not lane(data):
+            reply.feed(data)
 
     def eof_received(self) -> None:
         self._lose(None)

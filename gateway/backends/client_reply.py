@@ -15,6 +15,7 @@ from typing import Protocol
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
+from gateway.backends.client_head import KnownHeads
 from gateway.backends.transport import Response, Timeouts
 from gateway.errors import UpstreamError, UpstreamTimeout
 
@@ -25,6 +26,21 @@ _CHUNK = b"%x\r\n%b\r\n"
 _KEPT_CHUNK_STARTS = 4096
 _KEPT_NAMES = 1024
 _USUAL_NAME = 64
+
+Lane = Callable[[bytes], bool]
+"""Takes all that one read brought, in one step; or says False, and has done nothing."""
+
+
+@lru_cache(_KEPT_CHUNK_STARTS)
+def chunk_start(length: int) -> bytes:
+    """The line that an HTTP chunk of so many bytes in all begins with, if its size is written as most do; empty if
+    there is none."""
+    for digits in range(1, 9):
+        size = length - digits - len(b"\r\n\r\n")
+        start = b"%x\r\n" % max(size, 0)
+        if size > 0 and len(start) == digits + len(b"\r\n"):
+            return start
+    return b""
 
 
 class Line(Protocol):
@@ -51,16 +67,25 @@ class Line(Protocol):
 
 
 class Reply:
-    """A `Response`, once `head` has returned. One task reads it; any may close it."""
+    """A `Response`, once `check_head` has let it pass. One task reads it; any may close it."""
 
     __slots__ = (
-        "_between_chunks", "_bodiless", "_complete", "_end", "_failure", "_headed", "_idle", "_junk", "_keep", "_left",
-        "_line", "_loop", "_parser", "_paused", "_pieces", "_raw", "_silent", "_silent_until", "_size", "_take",
-        "_take_failed", "_until_close", "_waiter", "headers", "status",
+        "_between_chunks", "_bodiless", "_complete", "_end", "_failure", "_find_lane", "_headed", "_heads", "_idle",
+        "_junk", "_keep", "_left", "_line", "_loop", "_parser", "_paused", "_pieces", "_raw", "_silent",
+        "_silent_until", "_size", "_take", "_take_failed", "_until_close", "_waiter", "came_at", "headers", "lane",
+        "status",
     )  # fmt: skip
+    chunk_start = staticmethod(chunk_start)
 
     def __init__(
-        self, line: Line, loop: asyncio.AbstractEventLoop, *, bodiless: bool, timeouts: Timeouts, end: float
+        self,
+        line: Line,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        bodiless: bool,
+        timeouts: Timeouts,
+        end: float,
+        heads: KnownHeads | None = None,
     ) -> None:
         """`bodiless`: its method has replies without a body. `end`: the time of the loop's clock when all must be
         over."""
@@ -72,7 +97,8 @@ class Reply:
         self._bodiless = bodiless
         self._idle = math.inf if timeouts.idle is None else timeouts.idle
         self._end = end
-        self._parser: HttpResponseParser | None = HttpResponseParser(self)
+        self._heads = None if bodiless else heads
+        self._parser: HttpResponseParser | None = None
         self._raw: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
         self._size = 0
@@ -84,13 +110,22 @@ class Reply:
         self._waiter: asyncio.Future[None] | None = None
         self._take: Callable[[bytes], bool] | None = None
         self._take_failed: Exception | None = None
+        self._find_lane: Callable[[Reply], Lane | None] | None = None
+        self.lane: Lane | None = None
+        self.came_at = 0.0
 
     # --- the reading side
 
-    async def head(self, first_byte: float | None) -> None:
-        """Returns once status and headers are there."""
-        if not self._headed and self._line is not None:
-            await self._wait(self._line, math.inf if first_byte is None else first_byte)
+    def head_came(self, first_byte: float | None) -> asyncio.Future[None]:
+        """Done once status and headers are there, or will never be: ask `check_head`."""
+        if self._headed or self._line is None:
+            ended = self._loop.create_future()
+            ended.set_result(None)
+            return ended
+        return self._wait(self._line, math.inf if first_byte is None else first_byte)
+
+    def check_head(self) -> None:
+        """Raises what has become of a reply without one."""
         if not self._headed:
             raise self._failure or broken("the exchange was ended")
 
@@ -108,15 +143,19 @@ class Reply:
             self._line.resume()
         return found
 
-    async def push(self, take: Callable[[bytes], bool]) -> None:
+    async def push(
+        self, take: Callable[[bytes], bool], find_lane: Callable[[Reply], Lane | None] | None = None
+    ) -> None:
         """Hands over what comes while the socket is being read, so that no task has to wake for it. Returns when
-        `take` says False, raises what it raises, and leaves the rest, the end too, to `read`."""
+        `take` says False, raises what it raises, and leaves the rest, the end too, to `read`.
+
+        Between two HTTP chunks `find_lane` is asked for a `lane`: who feeds this offers it the next reads first."""
         while self._pieces:
             if not take(await self.read()):
                 return
         if self._line is None:
             return
-        self._take = take
+        self._take, self._find_lane = take, find_lane
         try:
             await self._wait(self._line, self._idle)
         finally:
@@ -126,7 +165,8 @@ class Reply:
             raise failure
 
     def _take_no_more(self) -> None:
-        self._take, self._between_chunks = None, False
+        self._take = self._find_lane = self.lane = None
+        self._between_chunks = False
 
     def _come(self) -> bytes:
         """The pieces that have come, as one."""
@@ -176,6 +216,7 @@ class Reply:
     # --- what the connection tells
 
     def feed(self, data: bytes) -> None:
+        self.lane = None
         start = chunk_start(len(data)) if self._between_chunks else b""
         piece = data.removeprefix(start).removesuffix(b"\r\n") if start else data
         plain = len(data) - len(piece) == len(start) + 2
@@ -193,20 +234,30 @@ class Reply:
                 self._wake()
         if not plain:
             self._settle()
+        if self._between_chunks and self._find_lane is not None:
+            self.lane = self._find_lane(self)
 
     def _parse(self, data: bytes) -> bytes:
         """What is to be handed over; nothing if nobody takes it."""
-        assert self._parser is not None
         known = len(self._pieces)
+        begins = self._parser is None
+        if begins:
+            if self._heads is not None and self._is_known(self._heads, data):
+                return b""
+            self._parser = HttpResponseParser(self)
+        parser = self._parser
+        assert parser is not None
         self._silent += len(data)
         self._between_chunks = False
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as failure:
             if not self._complete:
                 self.fail(broken(f"malformed reply: {failure.__context__ or failure}"))
                 return b""
             self._junk = True
+        if begins and self._complete and self._keep and not self._junk and self.status == 200 and self._heads:
+            self._heads.learn(data, self.headers)
         if len(self._pieces) == known:
             return b""
         self._silent = 0
@@ -216,6 +267,19 @@ class Reply:
             return piece
         self._wake()
         return b""
+
+    def _is_known(self, heads: KnownHeads, data: bytes) -> bool:
+        """Is that all of a reply of a known kind? It is read then."""
+        found = heads.read(data)
+        if found is None:
+            return False
+        self.status = 200
+        self.headers, body = found
+        self._pieces.append(body)
+        self._size = len(body)
+        self._headed = self._complete = self._keep = True
+        self._wake()
+        return True
 
     def _settle(self) -> None:
         """After bytes that were parsed: has the reply ended, or is too much of it here?"""
@@ -242,6 +306,8 @@ class Reply:
         if now >= self._end:
             self._fail_late("the reply took longer than its limit in total")
         elif self._waiter is not None and not self._waiter.done():
+            if self.came_at:
+                self._silent_until = max(self._silent_until, self.came_at + self._idle)
             if now < self._silent_until:  # something has come since
                 return min(self._silent_until, self._end)
             self._fail_late(f"silence for {self._idle} s within the reply" if self._headed else "no reply in time")
@@ -333,18 +399,6 @@ def _lowered(raw: bytes) -> str:
 
 
 _header_name = lru_cache(_KEPT_NAMES)(_lowered)
-
-
-@lru_cache(_KEPT_CHUNK_STARTS)
-def chunk_start(length: int) -> bytes:
-    """The line that an HTTP chunk of so many bytes in all begins with, if its size is written as most do; empty if
-    there is none."""
-    for digits in range(1, 9):
-        size = length - digits - len(b"\r\n\r\n")
-        start = b"%x\r\n" % max(size, 0)
-        if size > 0 and len(start) == digits + len(b"\r\n"):
-            return start
-    return b""
 
 
 def broken(cause: str) -> UpstreamError:

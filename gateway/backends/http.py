@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from gateway.backends.base import ModelInfo, OperationReply
 from gateway.backends.transport import Response, Timeouts, Transport
 from gateway.errors import UpstreamError
 from gateway.wire import WireError
 from gateway.wire.chat import ChatRequest, Chunk, Completion
+from gateway.wire.lane import LONGEST, FindLane, Lane, Source
 from gateway.wire.operation import OperationRequest, is_json, may_answer
 from gateway.wire.sse import SSEDecoder
 
@@ -118,7 +119,10 @@ class HTTPBackend:
             raise _unreadable(failure) from failure
 
     async def complete(self, request: ChatRequest) -> Completion:
-        response = await self._send(self._translator.request(request))
+        sent = self._translator.request(request)
+        response = await self._send(sent)
+        if response.status != 200:
+            raise await self._failure(sent, response)
         try:
             return self._translator.completion(request, await response.read_all(MAX_REPLY))
         except WireError as failure:
@@ -127,8 +131,13 @@ class HTTPBackend:
             response.close()
 
     async def stream(self, request: ChatRequest) -> HTTPChunkStream:
-        response = await self._send(self._translator.request(request))
-        found = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        sent = self._translator.request(request)
+        response = await self._send(sent)
+        if response.status != 200:
+            raise await self._failure(sent, response)
+        found = response.headers.get("content-type", "")
+        if found != self._translator.stream_type:
+            found = found.partition(";")[0].strip().lower()
         if found != self._translator.stream_type:
             response.close()
             raise UpstreamError("The upstream did not answer with a stream.", log=f"content-type {found!r}")
@@ -139,7 +148,10 @@ class HTTPBackend:
         return self._translator.operations
 
     async def operate(self, request: OperationRequest) -> OperationReply:
-        response = await self._send(self._translator.operation_request(request))
+        sent = self._translator.operation_request(request)
+        response = await self._send(sent)
+        if response.status != 200:
+            raise await self._failure(sent, response)
         content_type = response.headers.get("content-type", "application/octet-stream")
         if not may_answer(request.operation, content_type):
             response.close()
@@ -161,14 +173,21 @@ class HTTPBackend:
             task.cancel()
 
     async def _fetch(self, request: HTTPRequest) -> bytes:
-        return await _body_of(await self._send(request))
+        response = await self._send(request)
+        if response.status != 200:
+            raise await self._failure(request, response)
+        return await _body_of(response)
 
-    async def _send(self, request: HTTPRequest) -> Response:
-        headers = {**self._headers, **request.headers} if self._headers else request.headers
+    def _send(self, request: HTTPRequest) -> Coroutine[Any, Any, Response]:
+        """No coroutine of its own: each of them costs whenever a task resumes below it."""
         url = self._base + request.path
-        response = await self._transport.send(request.method, url, headers, request.body, self._timeouts)
-        if response.status == 200:
-            return response
+        return self._transport.send(request.method, url, self._headers_of(request), request.body, self._timeouts)
+
+    def _headers_of(self, request: HTTPRequest) -> Mapping[str, str]:
+        return {**self._headers, **request.headers} if self._headers else request.headers
+
+    async def _failure(self, request: HTTPRequest, response: Response) -> UpstreamError:
+        """What a status other than 200 means."""
         try:
             body = await response.read_all(MAX_ERROR)
         except UpstreamError:
@@ -176,9 +195,9 @@ class HTTPBackend:
         finally:
             response.close()
         failure = self._translator.error(response.status, response.headers, body)
-        failure.message = _without_secrets(failure.message, headers)
+        failure.message = _without_secrets(failure.message, self._headers_of(request))
         failure.retry_after = retry_after({**failure.headers, **_timing(response.headers)})
-        raise failure
+        return failure
 
 
 class HTTPChunkStream:
@@ -208,7 +227,12 @@ class HTTPChunkStream:
                 return chunks
         return ()
 
-    async def push(self, take: Callable[[Sequence[Chunk]], bool], take_events: Callable[[bytes], bool | None]) -> None:
+    async def push(
+        self,
+        take: Callable[[Sequence[Chunk]], bool],
+        take_events: Callable[[bytes], bool | None],
+        find_lane: FindLane | None = None,
+    ) -> None:
         push = getattr(self._response, "push", None)
         if push is None or self._ended or self._decoder.complete:
             return
@@ -222,7 +246,10 @@ class HTTPChunkStream:
             chunks = self._decoded(piece)
             return (not chunks or take(chunks)) and not self._decoder.complete
 
-        await push(piece_came)
+        def lane(source: Source) -> Lane | None:
+            return find_lane(source) if find_lane is not None and events.may_pass >= LONGEST else None
+
+        await push(piece_came, lane)
 
     def _decoded(self, piece: bytes) -> Sequence[Chunk]:
         try:

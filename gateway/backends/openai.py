@@ -109,6 +109,8 @@ class OpenAITranslator:
 class OpenAIDecoder:
     """SSE to chunks; ends at `[DONE]` and ignores what comes after it, but for saying that it came."""
 
+    __slots__ = ("complete", "events", "trailing")
+
     def __init__(self, max_event: int = sse.MAX_LINE) -> None:
         self.events = sse.SSEDecoder(max_event)
         """Those who know some bytes for whole events may read them instead of this, if it says so (`may_pass`)."""
@@ -127,6 +129,9 @@ class OpenAIDecoder:
     def _chunks(self, payloads: list[bytes]) -> list[Chunk]:
         chunks: list[Chunk] = []
         for number, payload in enumerate(payloads, 1):
+            if payload[:1] == b"{":
+                chunks.append(Chunk(payload))
+                continue
             said = payload.strip()
             if said == sse.DONE:
                 self.complete = True

@@ -64,7 +64,8 @@ class Response(Protocol):
 
 
 class Transport(Protocol):
-    """Raises UpstreamUnreachable (nothing was sent), UpstreamTimeout or UpstreamError."""
+    """Raises UpstreamUnreachable (nothing was sent), UpstreamTimeout or UpstreamError. Headers that were given once are
+    not changed afterwards."""
 
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], body: Body, timeouts: Timeouts

@@ -16,8 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gateway.store.database import Database, Row, Step
+from gateway.store.database import Database, Row, Step, Value
 from gateway.store.turn_leases import Lease
+
+_Row = tuple[Value, ...]
 
 _FIND = """
     SELECT c.pk, c.session_id, c.title, c.message_count, c.parent_pk, m.seq, m.role, m.content, m.extra, m.chain,
@@ -172,6 +174,9 @@ class Parent(NamedTuple):
     seq: int
 
 
+_NO_PARENT = (None, None, None)
+
+
 @dataclass(slots=True)
 class ConversationTurn:
     """What one turn adds to a conversation; it makes the conversation if `is_new`.
@@ -260,58 +265,50 @@ def save(turns: Sequence[ConversationTurn]) -> list[Step]:
 
     Messages follow their conversations at once, for one may be new to one turn and known to another of the same batch.
     """
-    new: list[tuple[str | int | None, ...]] = []
-    alone: list[tuple[str | int | None, ...]] = []
-    known: list[tuple[str | int | None, ...]] = []
-    by_pk: list[tuple[str | int | None, ...]] = []
-    by_owner: list[tuple[str | int | None, ...]] = []
-    placed: list[tuple[str | int | None, ...]] = []
+    new: list[_Row] = []
+    alone: list[_Row] = []
+    known: list[_Row] = []
+    by_pk: list[_Row] = []
+    by_owner: list[_Row] = []
+    placed: list[_Row] = []
+    whose: _Row
     for group in _by_conversation(turns):
         first = group[0]
-        totals, at, behind = _total_of(first) if len(group) == 1 else _totals(group)
-        if behind < totals[0]:
-            placed += _placed(group)
-        if first.is_new:
-            owner = (first.pk, first.id, first.user_id, first.key_id, first.end_user, first.session_id, at)
-            if first.after is None:
-                new.append(owner + totals + (first.title,))
-            else:
-                parent = (None, None, None) if first.parent is None else first.parent
-                alone.append((*owner, first.after + totals[0], *totals[1:], first.title, *parent))
+        count, tokens_input, tokens_output, cost, at, behind = _total_of(first) if len(group) == 1 else _totals(group)
+        if not first.is_new:
+            known.append((first.pk, count, tokens_input, tokens_output, cost, at))
+            rows, whose = by_pk, (first.pk,)
         else:
-            known.append((first.pk, *totals, at))
-        rows, whose = (by_owner, (first.user_id, first.id)) if first.is_new else (by_pk, (first.pk,))
+            row = (
+                first.pk, first.id, first.user_id, first.key_id, first.end_user, first.session_id, at,
+                count + (first.after or 0), tokens_input, tokens_output, cost, first.title,
+            )  # fmt: skip
+            if first.after is None:
+                new.append(row)
+            else:
+                alone.append(row + (_NO_PARENT if first.parent is None else first.parent))
+            rows, whose = by_owner, (first.user_id, first.id)
         for turn in group:
             if turn.after is None:
-                at = turn.at
-                for message in turn.messages:
-                    behind -= 1
-                    rows.append(_message_row(message, behind, at) + whose)
+                rows += _message_rows(turn, behind - 1, -1, whose)
+                behind -= len(turn.messages)
+            else:
+                placed += _message_rows(turn, turn.after + 1, 1, (turn.pk,))
     steps: list[Step] = [(CREATE, new), (INSERT_BY_OWNER, by_owner), (CREATE_ALONE, alone), (ADD_TO, known)]
     return [*steps, (INSERT_BY_PK, by_pk), (INSERT_AT, placed), *_rarely(turns)]
 
 
-def _totals(group: Iterable[ConversationTurn]) -> tuple[tuple[int, int, int, int], int, int]:
+def _totals(group: Iterable[ConversationTurn]) -> tuple[int, int, int, int, int, int]:
     """The messages, tokens and costs of these turns, when the last one was, and how many of the messages take the next
     `seq`, whatever it is."""
-    each = [_total_of(turn) for turn in group]
-    messages, tokens_input, tokens_output, cost = map(sum, zip(*(sums for sums, _, _ in each), strict=True))
-    return (messages, tokens_input, tokens_output, cost), max(at for _, at, _ in each), sum(one[2] for one in each)
+    messages, tokens_input, tokens_output, costs, ats, counted = zip(*map(_total_of, group), strict=True)
+    return sum(messages), sum(tokens_input), sum(tokens_output), sum(costs), max(ats), sum(counted)
 
 
-def _total_of(turn: ConversationTurn) -> tuple[tuple[int, int, int, int], int, int]:
+def _total_of(turn: ConversationTurn) -> tuple[int, int, int, int, int, int]:
     count = len(turn.messages)
     counted = count if turn.after is None else 0
-    return (count, turn.tokens_input, turn.tokens_output, turn.cost_nanousd), turn.at, counted
-
-
-def _placed(group: Iterable[ConversationTurn]) -> list[tuple[str | int | None, ...]]:
-    return [
-        (*_message_row(message, turn.after + number, turn.at), turn.pk)
-        for turn in group
-        if turn.after is not None
-        for number, message in enumerate(turn.messages, 1)
-    ]
+    return count, turn.tokens_input, turn.tokens_output, turn.cost_nanousd, turn.at, counted
 
 
 def _rarely(turns: Sequence[ConversationTurn]) -> list[Step]:
@@ -341,9 +338,15 @@ def _by_conversation(turns: Sequence[ConversationTurn]) -> list[list[Conversatio
     return [groups[key] for key in sorted(groups)]
 
 
-def _message_row(message: StoredMessage, place: int, at: int) -> tuple[str | int | None, ...]:
-    """`place`: its `seq`, or how many of its batch come after it."""
-    return (
-        message.id, place, message.role, message.content, message.extra, message.chain, message.tokens,
-        message.cost_nanousd, message.model, message.finish_reason, at,
-    )  # fmt: skip
+def _message_rows(turn: ConversationTurn, place: int, step: int, whose: _Row) -> list[_Row]:
+    """`place`: the `seq` of the first message, or how many of its batch come after it; `step`: from one to the next."""
+    rows: list[_Row] = []
+    at = turn.at
+    for message in turn.messages:
+        row = (
+            message.id, place, message.role, message.content, message.extra, message.chain, message.tokens,
+            message.cost_nanousd, message.model, message.finish_reason, at,
+        )  # fmt: skip
+        rows.append(row + whose)
+        place += step
+    return rows

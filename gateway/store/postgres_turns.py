@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import orjson
 
@@ -31,6 +31,8 @@ from gateway.store import conversations, limits, sessions, turn_leases, usage
 from gateway.store.database import RowRejected, Step, Value
 
 _MANY = -1
+_SEVERAL = 5
+"""More rows than any part binds one by one."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +100,33 @@ def as_one(work: Sequence[Step]) -> tuple[str, list[Value]] | None:
 
     Raises RowRejected for what JSON cannot hold.
     """
+    shape = tuple([(sql, len(rows[0]), len(rows) if len(rows) < _SEVERAL else _SEVERAL) for sql, rows in work])
+    found = _planned(shape)
+    if found is None or not _all_sessions(work):
+        return None
+    statement, one_by_one = found
+    return statement, _values(work) if one_by_one else [_json(rows) for _, rows in work]
+
+
+@lru_cache(1024)
+def _planned(work: Sequence[tuple[str, int, int]]) -> tuple[str, bool] | None:
+    """For steps with so many columns and rows: the statement, and whether its values are bound one by one."""
     shape = [0] * len(_PARTS)
     last, few = -1, True
-    for sql, rows in work:
+    for sql, columns, count in work:
         place = _PLACES.get(sql, -1)
         if place <= last:
             return None
-        part, count = _PARTS[place], len(rows)
-        if rows and len(rows[0]) != len(part.columns):
-            raise ValueError(f"Rows of {len(rows[0])} values where {part.name} has other columns.")
+        part = _PARTS[place]
+        if columns != len(part.columns):
+            raise ValueError(f"Rows of {columns} values where {part.name} has other columns.")
         shape[place], last = count, place
         few = few and count <= part.few
-    if not _complete(work, shape):
+    if not _complete(shape):
         return None
     if few and _one_conversation(shape):
-        return _statement(tuple(shape)), _values(work)
-    return _statement(tuple([_MANY if count else 0 for count in shape])), [_json(rows) for _, rows in work]
+        return _statement(tuple(shape)), True
+    return _statement(tuple([_MANY if count else 0 for count in shape])), False
 
 
 def _values(work: Sequence[Step]) -> list[Value]:
@@ -130,16 +143,19 @@ def _one_conversation(shape: Sequence[int]) -> bool:
     return made + alone + added < 2
 
 
-def _complete(work: Sequence[Step], shape: Sequence[int]) -> bool:
+def _complete(shape: Sequence[int]) -> bool:
     """Whether each part that reads what another returns finds that one in the batch."""
     _, made, by_owner, alone, added, by_pk, placed, totals, named, *_ = shape
     if (by_owner and not made) or (by_pk and not added) or (placed and not (alone or added)):
         return False
-    if named and not (made and totals):
-        return False
-    if not named:
-        return True
+    return not named or bool(made and totals)
+
+
+def _all_sessions(work: Sequence[Step]) -> bool:
+    """Whether each session in which conversations are counted gets its totals, too."""
     rows = dict(work)
+    if sessions.COUNT_NAMED not in rows:
+        return True
     return {row[0] for row in rows[sessions.COUNT_NAMED]} <= {row[0] for row in rows[sessions.ADD]}
 
 

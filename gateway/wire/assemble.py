@@ -21,6 +21,8 @@ class _Text(list[str]):
 class Assembler:
     """Collects the deltas of each choice; `message` gives the assistant message as OpenAI would have sent it whole."""
 
+    __slots__ = ("_rest", "_text", "characters", "finish_reasons")
+
     def __init__(self) -> None:
         self._text: dict[int, list[str]] = {}
         self._rest: dict[int, dict[str, Any]] = {}
@@ -42,6 +44,15 @@ class Assembler:
             reason = choice.get("finish_reason")
             if isinstance(reason, str) and reason:
                 self.finish_reasons[index] = reason
+
+    def say(self, text: str | None, reason: str | None = None) -> None:
+        """Adds what the first choice says: no more than this."""
+        self._rest.setdefault(0, {})
+        if text is not None:
+            self._text.setdefault(0, []).append(text)
+            self.characters += len(text)
+        if reason is not None:
+            self.finish_reasons[0] = reason
 
     def _merge(self, index: int, delta: dict[str, Any]) -> None:
         rest = self._rest.get(index)

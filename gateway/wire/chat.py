@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from gateway.errors import BadRequest
 from gateway.wire import splice
-from gateway.wire.body import read_object
+from gateway.wire.body import check_members, parsed
 from gateway.wire.jsontext import dumps, loads
 
 Message = dict[str, Any]
@@ -38,6 +38,15 @@ _LIMITS = {
 }
 
 
+_PLAIN_KINDS: Mapping[str, type] = {
+    "messages": list,
+    **dict.fromkeys(("model", "user", "conversation_id", "safety_identifier", "service_tier", "reasoning_effort"), str),
+    "stream": bool,
+    **dict.fromkeys(_TOKEN_LIMITS, int),
+    **dict.fromkeys(("temperature", "top_p"), float),
+}
+
+
 class ChatRequest:
     """A request to `/chat/completions`: `raw` as received, `data` as parsed; both describe one object, for good."""
 
@@ -53,9 +62,12 @@ class ChatRequest:
     @classmethod
     def parse(cls, raw: bytes) -> Self:
         """Checks what the gateway acts on; everything else is the upstream's to judge. Raises BadRequest."""
-        data = read_object(raw)
-        cls._check(data)
+        data = parsed(raw)
         request = cls(raw, data)
+        if _is_plain(data):
+            return request
+        check_members(raw, data)
+        cls._check(data)
         if "max_tokens" not in data and "max_completion_tokens" not in data:
             return request
         gone = [key for key in _TOKEN_LIMITS if data.get(key) is not None and data[key] <= 0]
@@ -147,6 +159,24 @@ def _check_messages(data: Mapping[str, Any]) -> None:
     for index, message in enumerate(messages):
         if not _is_usual_message(message):
             _check_message(message, f"messages[{index}]")
+
+
+def _is_plain(data: Mapping[str, Any]) -> bool:
+    """Is it a chat of texts and nothing else that could be wrong? Told in one look; False: look closer."""
+    messages = data.get("messages")
+    if not messages:
+        return False
+    for key, value in data.items():
+        kind = type(value)
+        if key not in _PLAIN_KINDS or kind is not _PLAIN_KINDS[key]:
+            return False
+        if (kind is int or kind is float) and not 0 < value <= MOST_TOKENS:
+            return False
+    return all(map(_is_plain_message, messages))
+
+
+def _is_plain_message(message: object) -> bool:
+    return type(message) is dict and len(message) == 2 and _is_usual_message(message)
 
 
 def _is_usual_message(message: object) -> bool:

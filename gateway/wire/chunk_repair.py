@@ -59,6 +59,8 @@ class ChunkRepair:
     """Give it the chunks of one stream in their order. `model` and `at` (Unix seconds) name one that has no name; `id`,
     if given, is what all of them are called instead of what the upstream calls them."""
 
+    __slots__ = ("_about", "_chat", "_choices", "_id", "_own_name", "_told_name")
+
     def __init__(self, operation: str = CHAT, *, model: str = "", at: int = 0, id: str = "") -> None:
         self._chat = operation == CHAT
         self._about = (operation, model, at)
@@ -111,6 +113,19 @@ class ChunkRepair:
             return None
         data = self.named(data)
         return data if same(choices, told) else {**data, "choices": choices}
+
+    def begin(self, name: Json) -> None:
+        """Notes a first chunk that was right: it has this name, and one choice that begins."""
+        self._told_name = name
+        self._choices[0] = _Choice(begun=True)
+
+    def end(self) -> bool:
+        """Notes a chunk that was right and ends the only choice. False, and nothing was noted: look closer."""
+        state = self._choices.get(0)
+        if state is None or len(self._choices) > 1 or state.finished or state.calls:
+            return False
+        state.finished = True
+        return True
 
     def next(self, data: Json) -> Json | None:
         """What `chunk` would make of a chunk that came next, and went on with what has begun."""
@@ -328,3 +343,18 @@ def _complete_calls(state: _Choice, pieces: list[Json]) -> None:
         else:
             function = pieces[place].get("function") or {}
             pieces[place] = {**pieces[place], "function": {**function, "arguments": "{}"}}
+
+
+# --- usage
+
+_OF_ANSWER = ("completion_tokens", "completion_tokens_details")
+
+
+def no_less(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What was used once cannot become unused: of each of the two counts the larger one, with what is told about it."""
+    asked, said = (
+        before if (before.get(key) or 0) > (now.get(key) or 0) else now for key in ("prompt_tokens", _OF_ANSWER[0])
+    )
+    usage = {key: value for key, value in asked.items() if key not in _OF_ANSWER}
+    usage.update((key, said[key]) for key in _OF_ANSWER if key in said)
+    return {**usage, "total_tokens": (usage.get("prompt_tokens") or 0) + (usage.get("completion_tokens") or 0)}

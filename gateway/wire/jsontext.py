@@ -34,10 +34,15 @@ def loads(raw: bytes) -> Any:
             raise ValueError(_plain(failure)) from None
         value = _loads_surrogates(raw)
     if len(raw) > 2 * MAX_DEPTH:
-        brackets = raw.count(b"[") + raw.count(b"{")
+        brackets = _count(raw, b"[") + _count(raw, b"{")
         if brackets > MAX_DEPTH and _too_deep(value, brackets):
             raise ValueError("it is nested too deeply")
     return value
+
+
+def _count(raw: bytes, byte: bytes) -> int:
+    """As `count`, which looks at each byte by itself, where this one hops from find to find."""
+    return len(raw) - len(raw.replace(byte, b""))
 
 
 def _loads_surrogates(raw: bytes) -> Any:

@@ -36,8 +36,9 @@ _BEGIN = re.compile(rb"[ \t\r\n]*\{")
 _OPEN = frozenset(b"{[")
 _CLOSE = frozenset(b"}]")
 _SPACE = b" \t\r\n"
-_BACKSLASH, _BRACE = b"\\}"
+_BACKSLASH, _BLANK, _BRACE = b"\\ }"
 """Numbers: a byte is found in bytes faster than bytes are."""
+_MOST_KEYS = 256
 
 
 class Member(NamedTuple):
@@ -110,10 +111,11 @@ def sole_value(raw: bytes, key: str, value: object = None) -> tuple[int, int] | 
     if token is None or at < 0 or (_BACKSLASH in raw and _has_escaped_letters(raw)):
         return None
     if type(value) is dict:
-        text = b"%b:%b" % (token, dumps(value))
-        end = at + len(text)
-        if raw[at:end] == text and raw.find(token, end) < 0:
-            return at + len(token) + 1, end
+        text = b":" + dumps(value)
+        colon = at + len(token)
+        end = colon + len(text)
+        if raw[colon:end] == text and raw.find(token, end) < 0:
+            return colon + 1, end
     if raw.find(token, at + 1) >= 0:
         return None
     after = _COLON.match(raw, at + len(token))
@@ -124,7 +126,7 @@ def sole_value(raw: bytes, key: str, value: object = None) -> tuple[int, int] | 
     return (start, usual.end()) if usual is not None else _any_value(raw, start)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_MOST_KEYS)
 def _plain_token(key: str) -> bytes | None:
     return b'"%b"' % key.encode() if key.isascii() and key.isalpha() and key.islower() else None
 
@@ -157,12 +159,12 @@ def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> 
     written anew from `data`, so that nobody downstream can read another value than we did.
     """
     replaced: dict[str, Change] = {}
-    added = b""
+    added: list[bytes] = []
     for key, text in changes.items():
         if key in data:
             replaced[key] = text
-        elif isinstance(text, bytes):
-            added += _comma_and_key(key) + text
+        elif type(text) is bytes:
+            added += (_commas_and_keys[key], text)
     if replaced:
         raw = _edit_members(raw, data, replaced)
         if len(replaced) == len(data) and not any(replaced.values()):
@@ -170,12 +172,23 @@ def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> 
     if not added:
         return raw
     close = len(raw) - 1 if raw[-1] == _BRACE else raw.rindex(b"}")
-    return raw[:close].rstrip(_SPACE) + (added if data else added[1:]) + raw[close:]
+    before = raw[:close] if raw[close - 1] > _BLANK else raw[:close].rstrip(_SPACE)
+    if not data:
+        added[0] = added[0][1:]
+    return b"".join((before, *added, raw[close:]))
 
 
-@lru_cache(maxsize=256)
-def _comma_and_key(key: str) -> bytes:
-    return b",%b:" % dumps(key)
+class _CommasAndKeys(dict[str, bytes]):
+    """What stands before the value of a new member. Most keys that are put in are a few words of ours."""
+
+    def __missing__(self, key: str) -> bytes:
+        if len(self) >= _MOST_KEYS:
+            self.clear()
+        text = self[key] = b",%b:" % dumps(key)
+        return text
+
+
+_commas_and_keys = _CommasAndKeys()
 
 
 def _edit_members(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> bytes:
@@ -190,7 +203,7 @@ def _with_values(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Chan
         if text is None or found is None:
             return None
         start, end = found
-        raw = raw[:start] + _text(text, raw[start:end]) + raw[end:]
+        raw = b"".join((raw[:start], text if type(text) is bytes else _text(text, raw[start:end]), raw[end:]))
     return raw
 
 

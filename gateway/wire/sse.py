@@ -14,6 +14,8 @@ from gateway.wire import WireError
 BOM = b"\xef\xbb\xbf"
 DONE = b"[DONE]"
 _CR, _LF = b"\r\n"
+_DATA, _BLANK = b"data: ", b"\n\n"
+"""A usual event is one line that begins so, and ends so."""
 PING = b": ping\n"
 MAX_LINE = 1 << 20
 NOTHING = -1
@@ -25,6 +27,8 @@ class SSEDecoder:
 
     Raises WireError when a line, or all data lines of one event, grow past `max_line` bytes.
     """
+
+    __slots__ = ("_after_cr", "_data", "_max", "_parts", "_size", "_start", "_waiting", "may_pass")
 
     def __init__(self, max_line: int = MAX_LINE) -> None:
         self._max = max_line
@@ -45,8 +49,7 @@ class SSEDecoder:
         return bool(self._parts or self._data)
 
     def feed(self, piece: bytes) -> list[bytes]:
-        fresh = self.may_pass != NOTHING or (self._start and not self._parts)
-        if fresh and piece.endswith(b"\n\n"):
+        if self.may_pass != NOTHING or (self._start and not self._parts):
             payloads = self._whole_events(piece)
             if payloads is not None:
                 self._start, self.may_pass = False, self._max
@@ -68,11 +71,13 @@ class SSEDecoder:
 
     def _whole_events(self, piece: bytes) -> list[bytes] | None:
         """The usual case, without looking at lines: whole events of one `data: ` line each, ended by LF LF."""
-        if _CR in piece:
+        if piece[-2:] != _BLANK or _CR in piece:
             return None
+        if piece.find(_LF) == len(piece) - 2 <= self._max and piece[:6] == _DATA:
+            return [piece[6:-2]]
         payloads: list[bytes] = []
-        for event in piece[:-2].split(b"\n\n"):
-            if not event.startswith(b"data: ") or _LF in event or len(event) > self._max:
+        for event in piece[:-2].split(_BLANK):
+            if not event.startswith(_DATA) or _LF in event or len(event) > self._max:
                 return None
             payloads.append(event[6:])
         return payloads

@@ -12,8 +12,7 @@ Most chunks differ from the one before in their text only and are not parsed: se
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -21,31 +20,38 @@ import orjson
 from gateway.wire import WireError, repair, splice, sse
 from gateway.wire.assemble import Assembler
 from gateway.wire.chat import Chunk, Usage
-from gateway.wire.chunk_repair import ChunkRepair
+from gateway.wire.chunk_edit import said_and_end, with_last_words, without_usage
+from gateway.wire.chunk_repair import ChunkRepair, no_less
 from gateway.wire.failures import StreamedError, error_in
-from gateway.wire.jsontext import dumps, loads
+from gateway.wire.jsontext import dumps
+from gateway.wire.known import Known
+from gateway.wire.lane import Lane, PassChunk, Source, new_lane
 from gateway.wire.operation import CHAT
-from gateway.wire.template import MARK, Probe, Template, around_text
+from gateway.wire.template import MARK, Probe, Template, plain_parts
 from gateway.wire.whole import Whole
 
 __all__ = ["ChatStream", "StreamedError"]
 
 _parsed = orjson.loads
-_USAGE = b'"usage"'
-_BACKSLASH, _QUOTE = b'\\"'
-_USAGE_KEY = re.compile(rb'(?<!\\)"usage"\s*:')
-_USUAL_USAGE = b',"usage":null'
-_NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|(?<!\\)"usage"\s*:\s*null\s*,\s*')
+_QUOTE = ord('"')
 _MOST_CHARACTERS = 32 << 20
 """Of one answer. What streams past this is a broken upstream, not an answer."""
 _MOST_PROBES = 16
 """Learning costs as much as reading two more chunks, and some upstreams never send the same twice."""
 _WORTH_IT = 8
 """Chunks that a template has to spare us, so that it does not count as a probe."""
+_TOTALS = Usage().to_openai()
+"""All of them are told where usage is; this is their order."""
 
 
 class ChatStream:
     """Feed it the upstream's chunks; it gives the bytes that may leave now and remembers what the record needs."""
+
+    __slots__ = (
+        *("_begun", "_held", "_known", "_known_end", "_lane", "_may_know", "_probes", "_repair", "_template", "_texts"),
+        *("_usage_data", "_wants_usage", "_whole", "_worth_it"),
+        *("answer", "failure", "service_tier", "timings", "usage", "usage_doubted"),
+    )
 
     def __init__(
         self, *, wants_usage: bool, operation: str = CHAT, model: str = "", at: int = 0, id: str | None = None
@@ -55,7 +61,11 @@ class ChatStream:
         self._wants_usage = wants_usage
         self._repair = ChunkRepair(operation, model=model, at=at, id=id or "")
         self._whole = Whole() if id else None
+        self._may_know = not wants_usage and not id and operation == CHAT
+        self._known: Known | None = None
+        self._known_end: tuple[Chunk, bytes, bytes] | None = None
         self._template: Template | None = None
+        self._lane: tuple[Template, Source, Lane] | None = None
         self._probes = 0
         self._worth_it = 0
         self._begun = False
@@ -70,11 +80,13 @@ class ChatStream:
         self.service_tier: str | None = None
         self.failure: StreamedError | WireError | None = None
 
-    def feed(self, chunks: Iterable[Chunk]) -> bytes:
+    def feed(self, chunks: Sequence[Chunk]) -> bytes:
         """Raises StreamedError, or WireError for a chunk that is none. What came before it in the same read leaves
         first: the failure is then kept in `failure`, to be raised instead of reading on."""
         if self.failure is not None:
             raise self.failure
+        if not chunks:
+            return b""
         leaving: list[bytes] = []
         try:
             for chunk in chunks:
@@ -124,6 +136,18 @@ class ChatStream:
     def pass_no_pieces(self) -> None:
         """From now on every chunk is taken apart."""
         self._template, self._probes = None, _MOST_PROBES
+        if self._lane is not None:
+            self._lane[1].lane = None
+
+    def lane(self, pass_chunk: PassChunk, source: Source) -> Lane | None:
+        """What does the work of `pass_piece` for the next reads of `source`, the same one each time; see there."""
+        template = self._template
+        if template is None or not template.shortest_two or len(self._texts) != 1:
+            return None
+        if self._lane is None or self._lane[0] is not template:
+            lane = new_lane(template, self._texts[0], self.answer, _MOST_CHARACTERS, source, pass_chunk)
+            self._lane = template, source, lane
+        return self._lane[2]
 
     def _pass_events(self, template: Template, piece: bytes) -> bytes | None:
         usual = template.events(piece)
@@ -141,6 +165,8 @@ class ChatStream:
     def _one(self, chunk: Chunk, leaving: list[bytes]) -> None:
         if self._template is not None:
             self._forget()
+        if self._may_know and self._is_known(chunk, leaving):
+            return
         try:
             data = chunk.data
         except ValueError as failure:
@@ -164,8 +190,58 @@ class ChatStream:
             self._learn(chunk, usual=right is data)
         self._begun = True  # the first one tells the role: no other is like it
 
+    # --- chunks whose likes other streams had: to the same effect as below, tests hold the one to the other
+
+    def _is_known(self, chunk: Chunk, leaving: list[bytes]) -> bool:
+        """False: nothing was done."""
+        if self._known is None:
+            self._may_know = self._opens(chunk.raw, leaving)
+            return self._may_know
+        return self._ends(chunk) or self._tells_usage(chunk.raw)
+
+    def _opens(self, raw: bytes, leaving: list[bytes]) -> bool:
+        known = Known.of(raw)
+        if known is None:
+            return False
+        self._known, opening = known, known.opening
+        self._repair.begin(known.told)
+        self.answer.say(opening.text)
+        self.service_tier = opening.tier
+        self._begun = True
+        leaving.append(known.first)
+        if opening.around_text is not None and self._probes < _MOST_PROBES:
+            (before, *behind), (leaving_before, *leaving_behind) = opening.around_text
+            self._probes += 1
+            self._texts, self._worth_it = [self.answer.pieces(0, "content")], _WORTH_IT + 1
+            parts, leaving = [known.name + before, *behind], [known.name + leaving_before, *leaving_behind]
+            self._template = Template(parts, leaving, rewritten=False)
+        return True
+
+    def _ends(self, chunk: Chunk) -> bool:
+        """The sole choice."""
+        assert self._known is not None
+        found = self._known.ending(chunk.raw) if self._held is None else None
+        if found is None or not self._repair.end():
+            return False
+        ending, before, behind = found
+        self.answer.say(ending.text, ending.reason)
+        self.service_tier = ending.tier or self.service_tier
+        self._held, self._known_end = chunk, (chunk, before, behind)
+        return True
+
+    def _tells_usage(self, raw: bytes) -> bool:
+        assert self._known is not None
+        told = self._known.usage(raw)
+        if told is None:
+            return False
+        usage, tier = told
+        self.service_tier = tier or self.service_tier
+        self._note_usage(usage)
+        return True
+
+    # --- all others
+
     def _note(self, data: Mapping[str, Any]) -> None:
-        """Usage: the last that was told, and no count less than it was told before."""
         tier = data.get("service_tier")
         if isinstance(tier, str):
             self.service_tier = tier
@@ -173,7 +249,10 @@ class ChatStream:
             self.timings = data["timings"]
         if data.get("usage") is None and "x_groq" not in data:
             return
-        said = repair.told_usage(data)
+        self._note_usage(repair.told_usage(data))
+
+    def _note_usage(self, said: object) -> None:
+        """The last that was told, and no count less than it was told before."""
         usage = repair.usage(said)
         told = Usage.read(usage) if usage is not None else None
         if usage is None or told is None:
@@ -184,7 +263,7 @@ class ChatStream:
             self.usage_doubted = True
             if told.input_tokens <= before.input_tokens and told.output_tokens <= before.output_tokens:
                 return
-            usage = _no_less(self._usage_data or {}, usage)
+            usage = no_less(self._usage_data or {}, usage)
             told = Usage.read(usage)
         self._usage_data, self.usage = usage, told
 
@@ -217,15 +296,11 @@ class ChatStream:
 
     def _let_go_what_it_says(self, held: Chunk, leaving: list[bytes]) -> None:
         """The end stays held, alone."""
-        choices = held.data["choices"]
-        if not any(choice.get("text") or any((choice.get("delta") or {}).values()) for choice in choices):
-            return
-        said = {**held.data, "choices": [{**choice, "finish_reason": None} for choice in choices]}
-        leaving.append(self._clean(dumps(said), said))
-        bare = [
-            {**choice, **{key: type(choice[key])() for key in ("delta", "text") if key in choice}} for choice in choices
-        ]
-        self._held = Chunk(data={**held.data, "choices": bare})
+        parts = said_and_end(held.data)
+        if parts is not None:
+            said, end = parts
+            leaving.append(self._clean(dumps(said), said))
+            self._held = Chunk(data=end)
 
     def _clean(self, raw: bytes, data: Mapping[str, Any]) -> bytes:
         """A chunk without its usage, or with null for it where the client asked for a usage chunk."""
@@ -233,12 +308,7 @@ class ChatStream:
             return raw
         if self._wants_usage:
             return raw if data["usage"] is None else splice.edit(raw, data, {"usage": b"null"})
-        usual = _without_usual_usage(raw) if data["usage"] is None else None
-        if usual is not None:
-            return usual
-        if data["usage"] is None and len(_USAGE_KEY.findall(raw)) == 1:
-            return _NULL_USAGE.sub(b"", raw, count=1)
-        return splice.edit(raw, data, {"usage": None})
+        return without_usage(raw, data)
 
     def _learn(self, chunk: Chunk, *, usual: bool) -> None:
         """A template for the next chunk, if it is like this one. `usual`: nothing had to be put right."""
@@ -249,16 +319,10 @@ class ChatStream:
 
     def _learn_at_once(self, raw: bytes, data: Mapping[str, Any]) -> bool:
         """Where the text of a chunk stands for certain, and its usage too, nothing has to be tried."""
-        around = around_text(raw, data)
-        if around is None:
+        plain = plain_parts(raw, data, without_usage=not self._wants_usage)
+        if plain is None:
             return False
-        key, parts = around
-        leaving = parts
-        if not self._wants_usage and "usage" in data:
-            tail = _without_usual_usage(parts[-1])
-            if tail is None or raw.find(_USAGE) < len(raw) - len(parts[-1]):
-                return False
-            leaving = [*parts[:-1], tail]
+        key, parts, leaving = plain
         self._probes += 1
         self._texts = [self.answer.pieces(data["choices"][0]["index"], key)]
         self._template = Template(parts, leaving, rewritten=False)
@@ -309,8 +373,12 @@ class ChatStream:
     def end(self, usage: Usage, cost: object, extra: Mapping[str, Any]) -> bytes:
         """The held chunk with usage, cost and `extra` members in it, then `[DONE]`."""
         counted = self._counted(usage, cost)
+        if self._known_end is not None and self._known_end[0] is self._held:
+            _, before, behind = self._known_end
+            rest = b"," + dumps(extra)[1:] if extra else b"}"
+            return b'data: %b,"usage":%b%b%b\n\ndata: [DONE]\n\n' % (before, dumps(counted), behind, rest)
         chunk = self._held or (self._made_up_chunk([]) if self._wants_usage else self._made_up_finish())
-        leaving = [_with_last_words(chunk.raw, chunk.data, {"usage": counted, **extra}), sse.DONE]
+        leaving = [with_last_words(chunk.raw, chunk.data, {"usage": counted, **extra}), sse.DONE]
         if self._wants_usage and not self.answer.finish_reasons:
             leaving.insert(0, self._made_up_finish().raw)
         return sse.encode(leaving)
@@ -322,7 +390,10 @@ class ChatStream:
         return self._whole.completion(self._repair.name, self.answer, self.assumed_finish_reason, last)
 
     def _counted(self, usage: Usage, cost: object) -> dict[str, Any]:
-        return {**usage.to_openai(), **(self._usage_data or {}), "cost": cost}
+        told = self._usage_data
+        if told is None:
+            return {**usage.to_openai(), "cost": cost}
+        return {**_TOTALS, **told, "cost": cost}
 
     def _made_up_finish(self) -> Chunk:
         """For an upstream that never said why it ended."""
@@ -331,44 +402,3 @@ class ChatStream:
     def _made_up_chunk(self, choices: list[Any]) -> Chunk:
         """A chunk in the upstream's name."""
         return Chunk(data={**self._repair.name, "choices": choices})
-
-
-_OF_ANSWER = ("completion_tokens", "completion_tokens_details")
-
-
-def _no_less(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What was used once cannot become unused: of each of the two counts the larger one, with what is told about it."""
-    asked, said = (
-        before if (before.get(key) or 0) > (now.get(key) or 0) else now for key in ("prompt_tokens", _OF_ANSWER[0])
-    )
-    usage = {key: value for key, value in asked.items() if key not in _OF_ANSWER}
-    usage.update((key, said[key]) for key in _OF_ANSWER if key in said)
-    return {**usage, "total_tokens": (usage.get("prompt_tokens") or 0) + (usage.get("completion_tokens") or 0)}
-
-
-def _without_usual_usage(raw: bytes) -> bytes | None:
-    """What is left if the only `usage` is null and stands where most upstreams put it; None if not."""
-    at = raw.find(_USAGE) - 1
-    if at < 0 or not raw.startswith(_USUAL_USAGE, at) or raw.find(_USAGE, at + 2) >= 0:
-        return None
-    return raw[:at] + raw[at + len(_USUAL_USAGE) :]
-
-
-def _with_last_words(raw: bytes, data: Mapping[str, Any], words: Mapping[str, Any]) -> bytes:
-    """The chunk with these members, the first of which is `usage`: the one that stands at its end makes way for it."""
-    about = data.keys() & words.keys()
-    if not about and raw.endswith(b"}"):
-        return b"%b,%b" % (raw[:-1].rstrip(), dumps(words)[1:])
-    if about == {"usage"} and _BACKSLASH not in raw and raw.count(_USAGE) == 1:  # no other key is this one then
-        head, _, told = raw.partition(b',"usage":')
-        if told == b"null}" or (told.startswith(b"{") and told.endswith(b"}}") and _is_one_value(told[:-1])):
-            return b"%b,%b" % (head, dumps(words)[1:])
-    return splice.edit(raw, data, {key: dumps(value) for key, value in words.items()})
-
-
-def _is_one_value(text: bytes) -> bool:
-    try:
-        loads(text)
-    except ValueError:
-        return False
-    return True

@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from gateway.wire.chunk_edit import parts_without_usual_usage
 from gateway.wire.jsontext import loads
 
 Json = dict[str, Any]
@@ -176,6 +177,18 @@ def around_text(raw: bytes, data: Mapping[str, Any]) -> tuple[str, list[bytes]] 
     if padding is None or not raw[slice(*padding)].isalnum():
         return None
     return key, [raw[:start], raw[end : padding[0]], raw[padding[1] :]]
+
+
+def plain_parts(
+    raw: bytes, data: Mapping[str, Any], *, without_usage: bool
+) -> tuple[str, list[bytes], list[bytes]] | None:
+    """What `around_text` gives, and the bytes around the text as they leave: without usage, if it has to go."""
+    around = around_text(raw, data)
+    if around is None:
+        return None
+    key, parts = around
+    leaving = parts_without_usual_usage(parts) if without_usage and "usage" in data else parts
+    return None if leaving is None else (key, parts, leaving)
 
 
 def _sole_string(raw: bytes, key: bytes) -> tuple[int, int] | None:

@@ -560,6 +560,19 @@ class TestPush:
         assert await _ended(pushing)
         assert (b"".join(got), line.kept) == (b"ok5\r\nhello\r\n", True)
 
+    async def test_a_lane_is_asked_for_between_chunks_and_forgotten_with_the_push(self) -> None:
+        line, got = Line(), list[bytes]()
+        reply = self._reply(line)
+        pushing = asyncio.create_task(reply.push(lambda piece: got.append(piece) is None, lambda _: got.remove))  # type: ignore[arg-type,return-value] # any function
+        await asyncio.sleep(0)
+        assert reply.lane is None
+        for data, found in ((b"2\r\nok\r\n", True), (b"4\r\nhal", False), (b"f\r\n", False), (b"1\r\nx\r\n", True)):
+            reply.feed(data)
+            assert (reply.lane is not None) == found
+        pushing.cancel()
+        await asyncio.wait([pushing])
+        assert reply.lane is None
+
     async def _try(self, dice: random.Random, body: list[bytes], wire: bytes) -> None:
         line, got = Line(), list[bytes]()
         reply = self._reply(line)

@@ -86,6 +86,12 @@ async def test_the_settings_that_promises_rest_on(notes: SqliteDatabase) -> None
     assert settings == ["wal", 2, 1]
 
 
+async def test_a_null_has_an_adapter_so_that_sqlite3_looks_for_none(notes: SqliteDatabase) -> None:
+    assert sqlite3.adapters[type(None), sqlite3.PrepareProtocol](None) is None
+    (row,) = await notes.fetch("SELECT typeof($1), $2", None, "text")
+    assert tuple(row) == ("null", "text")
+
+
 async def test_a_small_write_while_another_process_writes_waits_for_it_and_not_in_the_loop(
     notes: SqliteDatabase, path: Path
 ) -> None:

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import BadRequest, BodyTooLarge
+from gateway.wire import chat
+from gateway.wire.body import check_members, parsed
 from gateway.wire.chat import ChatRequest, Chunk, Usage, text_of
 from gateway.wire.jsontext import dumps
 
@@ -181,6 +183,42 @@ def test_any_type_in_any_field_is_a_request_or_refused(fields: dict[str, Any]) -
     assert isinstance(request.stream, bool)
     assert request.asking_for_usage().wants_usage
     assert request.with_history([b'{"role":"system"}']).messages[1:] == request.messages
+
+
+_PLAIN = st.fixed_dictionaries(
+    {
+        "messages": st.lists(
+            st.fixed_dictionaries({"role": st.sampled_from(["user", ""]), "content": _JSON}), max_size=2
+        )
+    },
+    optional={
+        "model": st.sampled_from(["m", "", None]),
+        "stream": st.booleans(),
+        "temperature": _NUMBERS,
+        "max_tokens": st.integers(-1, 2**70),
+        "Model": st.just("x"),
+        "n": st.integers(0, 200),
+    },
+)
+
+
+@given(_PLAIN)
+def test_what_seems_plain_has_nothing_wrong(fields: dict[str, Any]) -> None:
+    raw = json.dumps(fields).encode()
+    with contextlib.suppress(BadRequest):
+        data = parsed(raw)
+        if chat._is_plain(data):
+            check_members(raw, data)
+            ChatRequest._check(data)
+            assert all(data[key] > 0 for key in ("max_tokens", "max_completion_tokens") if key in data)
+            return
+    assert not chat._is_plain(json.loads(raw))
+
+
+def test_a_chat_of_texts_is_plain_and_one_with_more_is_not() -> None:
+    data = HELLO | {"model": "m", "stream": True, "temperature": 0.5, "max_tokens": 9}
+    assert chat._is_plain(data)
+    assert not any(chat._is_plain(data | other) for other in ({"x": 1}, {"max_tokens": 0}, {"temperature": 0.0}))
 
 
 @given(st.binary() | st.text('{}[]",:messagrolu 10\\').map(str.encode))

@@ -15,8 +15,8 @@ from openai.types.chat import ChatCompletionChunk
 
 from gateway.backends.openai import OpenAIDecoder
 from gateway.wire import WireError, splice, sse
-from gateway.wire import stream as stream_module
 from gateway.wire.chat import Chunk, Usage
+from gateway.wire.chunk_edit import with_last_words
 from gateway.wire.jsontext import dumps
 from gateway.wire.stream import ChatStream, StreamedError
 from tests_standalone.wire_samples import sample
@@ -209,7 +209,7 @@ class TestLastWords:
     )
     def test_examples(self, before: bytes, after: bytes) -> None:
         words = {"usage": {"n": 1}, "t": 2}
-        assert stream_module._with_last_words(before, json.loads(before), words) == after
+        assert with_last_words(before, json.loads(before), words) == after
         assert splice.edit(before, json.loads(before), {key: dumps(word) for key, word in words.items()}) == after
 
 
