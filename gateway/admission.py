@@ -148,8 +148,8 @@ class Admission:
         """What needs no round trip: of the book in memory, or of what is held ahead. None: something is in the way."""
         book = self._book
         if isinstance(book, MemoryBook):
-            offer = _of_memory(book, accounts, demand)
-            return None if offer.grant.reason else offer.ticket
+            grant = book.admit_one(accounts, demand.tokens, demand.cost or 0)
+            return None if grant.reason else ticket_for("", demand, accounts, grant)
         keys = self._slices.keys
         if book.is_cut or (keys is not None and keys.revision != caller.revision):
             return None
@@ -207,14 +207,15 @@ class Admission:
         if self._metrics is not None:
             counted, reserved = most(holds)
             self._metrics.settled(tokens if counted else 0, reserved if cost is None else cost if reserved else 0)
+        if isinstance(self._book, MemoryBook):
+            for hold in holds:
+                self._book.settle_one(hold, tokens, hold.cost_held if cost is None else cost)
+            return []
         self._pulse.left(holds[0].worker)
         settled = []
         for subject, worker, slots, held, _, cost_held, _, period in holds:
             spent = cost_held if cost is None else cost
             settled.append(Settlement(subject, worker, slots, held, tokens, cost_held, spent, period))
-        if isinstance(self._book, MemoryBook):
-            self._book.settle(settled)
-            return []
         return settled
 
     def release(self, settlements: Sequence[Settlement]) -> None:
@@ -226,7 +227,8 @@ class Admission:
     async def _offer(self, accounts: Sequence[Account], demand: Demand) -> Offer:
         """Of the book itself."""
         if isinstance(self._book, MemoryBook):
-            return _of_memory(self._book, accounts, demand)
+            grant = self._book.admit_one(accounts, demand.tokens, demand.cost or 0)
+            return Offer(grant, ticket_for("", demand, accounts, grant), accounts)
         return await self._granted(demand, accounts)
 
     async def _seeded(self, offer: Offer, caller: Caller) -> list[Account]:
@@ -387,8 +389,3 @@ class Admission:
                 log.exception("saying that this worker lives failed")
                 self._pulse.stopped()
             await asyncio.sleep(BEAT_EVERY / 1000)
-
-
-def _of_memory(book: MemoryBook, accounts: Sequence[Account], demand: Demand) -> Offer:
-    [grant] = book.admit(Batch("", accounts, [claim_of(demand, accounts)]))
-    return Offer(grant, ticket_for("", demand, accounts, grant), accounts)

@@ -96,22 +96,28 @@ class Meter:
 def timings(outcome: Outcome, row: UsageRow) -> dict[str, float | int]:
     """llama.cpp's figures, as far as they can be told from outside: tokens, milliseconds, tokens per second."""
     prompt_ms, predicted_n = outcome.ttft_ms, row.output_tokens
-    predicted_ms = row.duration_ms - (prompt_ms or 0)
+    predicted_ms = row.duration_ms if prompt_ms is None else row.duration_ms - prompt_ms
     if predicted_ms < 1:
         predicted_ms = 1
-    found: dict[str, float | int] = {"cache_n": row.cached_tokens, "prompt_n": row.input_tokens}
-    if prompt_ms is not None:
-        found["prompt_ms"] = prompt_ms
-        found["prompt_per_second"] = _rate(row.input_tokens, prompt_ms)
-    found["predicted_n"] = predicted_n
-    found["predicted_ms"] = predicted_ms
-    found["predicted_per_second"] = _rate(predicted_n, predicted_ms)
-    return found
+    rate = round(predicted_n * 1000 / predicted_ms, 2)
+    if prompt_ms is None:
+        return {
+            "cache_n": row.cached_tokens,
+            "prompt_n": row.input_tokens,
+            "predicted_n": predicted_n,
+            "predicted_ms": predicted_ms,
+            "predicted_per_second": rate,
+        }
+    return {
+        "cache_n": row.cached_tokens,
+        "prompt_n": row.input_tokens,
+        "prompt_ms": prompt_ms,
+        "prompt_per_second": round(row.input_tokens * 1000 / (prompt_ms if prompt_ms > 1 else 1), 2),
+        "predicted_n": predicted_n,
+        "predicted_ms": predicted_ms,
+        "predicted_per_second": rate,
+    }
 
 
 def milliseconds_since(started: float) -> int:
     return round((time.perf_counter() - started) * 1000)
-
-
-def _rate(tokens: int, milliseconds: int) -> float:
-    return round(tokens * 1000 / (milliseconds if milliseconds > 1 else 1), 2)

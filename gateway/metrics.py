@@ -273,18 +273,19 @@ class _ModelMetrics:
         self._seconds.observe(row.duration_ms / 1000)
         if row.ttft_ms is not None:
             self._first_token.observe(row.ttft_ms / 1000)
-        if row.input_tokens:
-            self._input[0] += row.input_tokens
-        if row.cached_tokens:
-            self._cached[0] += row.cached_tokens
-        if row.output_tokens:
-            self._output[0] += row.output_tokens
-        if row.reasoning_tokens:
-            self._reasoning[0] += row.reasoning_tokens
-        if row.cost_nanousd is None:
+        if tokens := row.input_tokens:
+            self._input[0] += tokens
+        if tokens := row.cached_tokens:
+            self._cached[0] += tokens
+        if tokens := row.output_tokens:
+            self._output[0] += tokens
+        if tokens := row.reasoning_tokens:
+            self._reasoning[0] += tokens
+        cost = row.cost_nanousd
+        if cost is None:
             self._cost_unknown[0] += 1.0
-        elif row.cost_nanousd:
-            self._cost[0] += row.cost_nanousd / 1e9
+        elif cost:
+            self._cost[0] += cost / 1e9
 
 
 def _reason(failure: UpstreamError) -> str:

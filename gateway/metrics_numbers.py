@@ -64,15 +64,15 @@ class Family:
 class Histogram:
     """A row of a histogram, to be added to."""
 
-    __slots__ = ("_bounds", "_cells")
+    __slots__ = ("_bounds", "_cells", "_sum")
 
     def __init__(self, bounds: Sequence[float], cells: Cells) -> None:
-        self._bounds, self._cells = bounds, cells
+        self._bounds, self._cells, self._sum = tuple(map(float, bounds)), cells, len(bounds) + 1
 
     def observe(self, value: float) -> None:
         cells = self._cells
         cells[bisect_left(self._bounds, value)] += 1.0
-        cells[-1] += value
+        cells[self._sum] += value
 
 
 class Rows:

@@ -157,20 +157,25 @@ class _Answer:
 
     def __call__(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
-            self._state["status"] = message["status"]
-            headers = message["headers"]
-            message["headers"] = [*headers, self._id_header]
-            if self._metrics is not None and _is_event_stream(headers):
-                self.streamed = True
-                self._metrics.stream_begun()
+            message["headers"] = self._begun(message["status"], message["headers"])
         return self._send(message)
 
-    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> Awaitable[None]:
-        """Of an answer that is no stream of events."""
+    def whole(self, status: int, headers: Sequence[Header], body: bytes, more: bool = False) -> Awaitable[None]:
+        """Of an answer that is no stream of events, or of the beginning (`more`) of any."""
         if self._whole is None:
-            return send_whole(self, status, headers, body)
+            return send_whole(self, status, headers, body, more)
+        if more:
+            return self._whole(status, self._begun(status, headers), body, more)
         self._state["status"] = status
         return self._whole(status, [*headers, self._id_header], body)
+
+    def _begun(self, status: int, headers: Sequence[Header]) -> Sequence[Header]:
+        """The headers that leave."""
+        self._state["status"] = status
+        if self._metrics is not None and _is_event_stream(headers):
+            self.streamed = True
+            self._metrics.stream_begun()
+        return [*headers, self._id_header]
 
 
 class Observed:

@@ -26,6 +26,7 @@ NANO = 10**9
 DAY = 24 * 60 * 60 * 1000
 """Milliseconds; a day begins at midnight UTC."""
 _MILLION = 10**6
+_HALF = _MILLION // 2
 _PRICED_APART = frozenset({"batch", "fast", "flex", "performance", "priority", "scale", "ultrafast"})
 """Service tiers that have prices of their own. Any other word for a tier, and none, means the standard one."""
 
@@ -84,13 +85,16 @@ class Price:
     def cost(self, usage: Usage) -> int | None:
         """Nano-dollars of one call, or None if tokens were used whose price nobody said."""
         price = self._reached(usage.input_tokens) if self.tiers else self
-        total = (price.requests or 0) * _MILLION
+        total = price.requests * _MILLION if price.requests else 0
+        if price.input is not None and price.output is not None and not _has_parts(usage):
+            total += usage.input_tokens * price.input + usage.output_tokens * price.output
+            return (total + _HALF) // _MILLION
         for tokens, each in price._billed(usage):
             if tokens:
                 if each is None:
                     return None
                 total += tokens * each
-        return (total + _MILLION // 2) // _MILLION
+        return (total + _HALF) // _MILLION
 
     def most(self, input_tokens: int, output_tokens: int) -> int | None:
         """Nano-dollars that no call with so many tokens, of whatever kind, costs more than; None if nobody knows."""
@@ -109,8 +113,6 @@ class Price:
         cached, written, lasting = usage.cached_tokens, usage.cache_write_tokens, usage.cache_write_1h_tokens
         heard, seen = usage.audio_input_tokens, usage.image_input_tokens
         thought, spoken, drawn = usage.reasoning_tokens, usage.audio_output_tokens, usage.image_output_tokens
-        if not (cached or written or lasting or heard or seen or thought or spoken or drawn):
-            return [(usage.input_tokens, self.input), (usage.output_tokens, self.output)]
         billed = [
             (max(0, usage.input_tokens - cached - written - heard - seen), self.input),
             (max(0, usage.output_tokens - thought - spoken - drawn), self.output),
@@ -240,6 +242,20 @@ def configured(usd: Mapping[str, Any]) -> Priced:
 def usd(nano: int | None) -> float | None:
     """Dollars for a reply; None stays None. Only for showing: nothing is added up in dollars."""
     return None if nano is None else nano / NANO
+
+
+def _has_parts(usage: Usage) -> bool:
+    """Are there tokens of kinds that may have prices of their own?"""
+    return bool(
+        usage.cached_tokens
+        or usage.cache_write_tokens
+        or usage.cache_write_1h_tokens
+        or usage.audio_input_tokens
+        or usage.image_input_tokens
+        or usage.reasoning_tokens
+        or usage.audio_output_tokens
+        or usage.image_output_tokens
+    )
 
 
 def _either(price: int | None, parent: int | None) -> int | None:

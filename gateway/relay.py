@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -56,8 +56,7 @@ class Exchange(Call[ChatRequest]):
             mended = repair.completion(completion, model=self.route.upstream_model, at=self.job.at // 1000)
         except StreamedError as failure:
             raise streamed_error(failure.error) from None
-        usage = told.get("usage")
-        if mended is not completion and mended.data.get("usage") is None and repair.is_untrue(usage):
+        if mended is not completion and mended.data.get("usage") is None and repair.is_untrue(told.get("usage")):
             self._doubt_usage()
         return mended
 
@@ -73,9 +72,11 @@ class Exchange(Call[ChatRequest]):
         return await count.usage(self._counted_model, request.messages, answers, tools=tools, hurried=self._hurried)
 
     async def _record_completion(self, completion: Completion) -> Reply:
-        choices = [choice for choice in completion.data["choices"] if isinstance(choice, dict)]
+        choices = completion.data["choices"]
         answer, reason = (_message(choices[0]), choices[0].get("finish_reason")) if choices else (None, None)
-        told = Usage.read(completion.data.get("usage"))
+        told = completion.usage
+        if told is None:
+            told = Usage.read(completion.data.get("usage"))
         if told is not None:
             outcome = self._outcome_as_told(told, reason)
         else:
@@ -91,6 +92,19 @@ class Exchange(Call[ChatRequest]):
         return Reply(self._reply_body(completion, outcome, row, cost), cost)
 
     def _reply_body(self, completion: Completion, outcome: Outcome, row: UsageRow, cost: float | None) -> bytes:
+        data, talk, price = completion.data, self.job.talk, dumps(cost)
+        extended = None
+        if self.job.keep is None and outcome.counted_by == "upstream" and _adds_nothing_told(data):
+            added = [b',"cost":', price]
+            if talk is not None:
+                added += (b',"conversation_id":', dumps(talk.id))
+            if "timings" not in data:
+                added += (b',"timings":', dumps(timings(outcome, row)))
+            extended = splice.extended(completion.raw, data, "usage", added[:2], added)
+        return self._edited_body(completion, outcome, row, cost) if extended is None else extended
+
+    def _edited_body(self, completion: Completion, outcome: Outcome, row: UsageRow, cost: float | None) -> bytes:
+        """Whatever the upstream has told of what is ours to tell."""
         data, conversation_id = completion.data, self.conversation_id
         told, priced = data.get("usage"), {"cost": dumps(cost)}
         changes: dict[str, splice.Change] = {**priced}
@@ -110,6 +124,12 @@ class Exchange(Call[ChatRequest]):
         """For an answer that came to its end, as the client will see it; it is stored with the turn."""
         if self.job.keep is not None:
             self._stored = self.job.keep.completed(answer, self.job.caller, row.model, row.created_at)
+
+
+def _adds_nothing_told(data: dict[str, Any]) -> bool:
+    """Has the upstream told neither a cost nor a conversation?"""
+    told = data.get("usage")
+    return type(told) is dict and not ("cost" in told or "cost" in data or "conversation_id" in data)
 
 
 def _ask_for_all(route: Route, request: ChatRequest) -> Coroutine[Any, Any, Completion]:
@@ -144,8 +164,29 @@ class StreamExchange(Exchange):
         """The next bytes; may be empty. The last ones come after the turn is durable. Raises GatewayError, recorded.
 
         `write`, if given, is called with what comes meanwhile, until it returns False or the end is near."""
+        stream, editor = self._stream, self._editor
+        assert stream is not None
         try:
-            return await self._next(write)
+            if self._broken_off:
+                await self._end_early(UpstreamError("The call was broken off."))
+            try:
+                pushing = self._pushing(write)
+                if pushing is not None:
+                    await pushing
+                if editor.failure is not None:
+                    raise _as_upstream_error(editor.failure)
+                chunks = await stream.read()
+                leaving = self._feed(chunks)
+                if not chunks and not (stream.complete or editor.finished):
+                    raise UpstreamError("The upstream broke off its answer.", log="stream ended without its end mark")
+            except UpstreamError as failure:
+                await self._end_early(failure)
+            except Exception as failure:  # a backend's own mistake must not cost the turn its record
+                await self._end_early(backend_failed(failure))
+            if chunks:
+                self._bound_drain()
+                return leaving
+            return await self._end()
         except GatewayError:
             self.ended = True
             raise
@@ -192,32 +233,17 @@ class StreamExchange(Exchange):
         self._stream = stream
         return leaving
 
-    async def _next(self, write: Callable[[bytes], bool] | None) -> bytes:
-        assert self._stream is not None
-        if self._broken_off:
-            await self._end_early(UpstreamError("The call was broken off."))
+    def _pushing(self, write: Callable[[bytes], bool] | None) -> Awaitable[None] | None:
+        """What hands over to `write` what comes, where the stream can do that."""
+        editor, way = self._editor, self.pass_chunk
         if self.stopped is not None:
-            self._editor.pass_no_pieces()
-        try:
-            push = getattr(self._stream, "push", None)
-            if write is not None and push is not None and self._editor.failure is None:
-                editor, way = self._editor, self.pass_chunk
-                find_lane = None if way is None else partial(editor.lane, way)
-                await push(partial(self._pass_on, write), partial(editor.pass_piece, write), find_lane)
-            if self._editor.failure is not None:
-                raise _as_upstream_error(self._editor.failure)
-            chunks = await self._stream.read()
-            leaving = self._feed(chunks)
-            if not chunks and not (self._stream.complete or self._editor.finished):
-                raise UpstreamError("The upstream broke off its answer.", log="stream ended without its end mark")
-        except UpstreamError as failure:
-            await self._end_early(failure)
-        except Exception as failure:  # a backend's own mistake must not cost the turn its record
-            await self._end_early(backend_failed(failure))
-        if chunks:
-            self._bound_drain()
-            return leaving
-        return await self._end()
+            editor.pass_no_pieces()
+        push = getattr(self._stream, "push", None)
+        if write is None or push is None or editor.failure is not None:
+            return None
+        find_lane = None if way is None else partial(editor.lane, way)
+        pushing: Awaitable[None] = push(partial(self._pass_on, write), partial(editor.pass_piece, write), find_lane)
+        return pushing
 
     def _pass_on(self, write: Callable[[bytes], bool], chunks: Sequence[Chunk]) -> bool:
         leaving = self._feed(chunks)
@@ -245,7 +271,9 @@ class StreamExchange(Exchange):
         extra: dict[str, Any] = {"timings": self._editor.timings or timings(outcome, row)}
         if self.job.keep is not None:
             self._keep_answer(self._editor.whole(outcome.usage, usd(row.cost_nanousd), extra), row)
-        await self._record(self._editor.answer.message(), row)
+        turn = self._turn(self._editor.answer.message(), row)
+        await self._relay.ledger.record(turn)
+        self._was_recorded(turn)
         if self.conversation_id is not None:
             extra = {"conversation_id": self.conversation_id, **extra}
         return self._editor.end(outcome.usage, usd(row.cost_nanousd), extra)
@@ -276,8 +304,11 @@ class StreamExchange(Exchange):
         if editor.usage_doubted:
             self._doubt_usage()
         told, answer = editor.usage, editor.answer
-        answers = [answer.message(index) for index in answer.indexes] if told is None else []  # to be estimated
-        outcome = await self._outcome(told, answers, editor.finish_reason)
+        if told is not None:
+            outcome = self._outcome_as_told(told, editor.finish_reason)
+        else:
+            answers = [answer.message(index) for index in answer.indexes]
+            outcome = await self._outcome(None, answers, editor.finish_reason)
         outcome.service_tier = editor.service_tier
         outcome.ttft_ms = self._ttft_ms
         return outcome

@@ -30,8 +30,14 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
-SendWhole = Callable[[int, Sequence[Header], bytes], Awaitable[None]]
-"""Status, headers and body of an answer that is there in one piece. A `send` may have it as its attribute `whole`."""
+
+
+class SendWhole(Protocol):
+    """Status, headers and body of an answer that is there in one piece; with `more`, of the beginning of one. A `send`
+    may have it as its attribute `whole`."""
+
+    def __call__(self, status: int, headers: Sequence[Header], body: bytes, more: bool = False) -> Awaitable[None]: ...
+
 
 PING_SECONDS = 15.0
 JSON_TYPE: Header = (b"content-type", b"application/json")
@@ -48,9 +54,9 @@ def send_json(send: Send, status: int, body: bytes, headers: Sequence[Header] = 
     return send_whole(send, status, told, body) if whole is None else whole(status, told, body)
 
 
-async def send_whole(send: Send, status: int, headers: Sequence[Header], body: bytes) -> None:
+async def send_whole(send: Send, status: int, headers: Sequence[Header], body: bytes, more: bool = False) -> None:
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def error_body(failure: GatewayError) -> bytes:
@@ -126,8 +132,8 @@ class WayOut(Protocol):
     def send(self, message: Message) -> Awaitable[None]:
         """What the application is given as `send`, if nobody has wrapped it."""
 
-    def whole(self, status: int, headers: Sequence[Header], body: bytes) -> Awaitable[None]:
-        """What `send` does with the two messages of an answer."""
+    def whole(self, status: int, headers: Sequence[Header], body: bytes, more: bool = False) -> Awaitable[None]:
+        """What `send` does with the two messages of an answer, or with its first two."""
 
 
 def way_out(scope: Scope) -> WayOut | None:
@@ -161,6 +167,18 @@ class StreamResponse:
     `way_out`: what our own server offers beside `send`.
     """
 
+    _started = False
+    _opened = False
+    _writing = False
+    _gone = False
+    _done = False
+    _pings = False
+    _last_sent = 0.0
+    _timer: asyncio.TimerHandle | None = None  # for the first chunk, then for pings
+    _ping: asyncio.Task[None] | None = None
+    _early_start: asyncio.Task[bytes] | None = None
+    _cut: asyncio.Task[GatewayError] | None = None
+
     def __init__(
         self,
         exchange: StreamExchange | OperationExchange,
@@ -181,75 +199,82 @@ class StreamResponse:
         self._ping_seconds = ping_seconds
         self._send: Send
         self._loop = asyncio.get_running_loop()
-        self._started = False
-        self._writing = False
-        self._gone = False
-        self._done = False
-        self._last_sent = 0.0
-        self._ping_timer: asyncio.TimerHandle | None = None
-        self._ping: asyncio.Task[None] | None = None
-        self._early_start: asyncio.Task[None] | None = None
-        self._cut: asyncio.Task[GatewayError] | None = None
 
     async def __call__(self, receive: Receive, send: Send) -> None:
+        """One frame for all that is waited for: each between a task and what it waits for is walked at each wait."""
         self._send = send
+        exchange, write = self._exchange, self._way_out.pass_on if self._way_out is not None else None
         forget = when_gone(receive, self._client_left)
         stop = self._interrupt
         try:
             self._drain.enter(stop)
-            await self._run()
-        finally:
-            self._drain.leave(stop)
-            self._done = True
-            forget()
-            if self._ping_timer is not None:
-                self._ping_timer.cancel()
-
-    async def _run(self) -> None:
-        try:
             data = await self._open()
-            await self._start()
-            write = self._way_out.pass_on if self._way_out is not None else None
+            data = await self._start(data)
             while True:
-                if data or self._exchange.ended:
-                    await self._write(data, last=self._exchange.ended and self._cut is None)
+                if data or exchange.ended:
+                    await self._write(data, last=exchange.ended and self._cut is None)
                 if self._cut is not None:
                     raise await self._cut
-                if self._exchange.ended:
+                if exchange.ended:
                     return
-                data = await self._exchange.read(write)
+                data = await exchange.read(write)
         except GatewayError as failure:
             if not self._started:
                 raise
             await self._fail(failure)
+        finally:
+            self._drain.leave(stop)
+            self._done = True
+            forget()
+            if self._timer is not None:
+                self._timer.cancel()
 
     async def _open(self) -> bytes:
         """Waits for the first chunk; when that takes too long, the status goes out before it."""
-        timer = None
         if self._first_chunk_wait is not None:
-            timer = self._loop.call_later(self._first_chunk_wait, self._start_early)
+            self._timer = self._loop.call_later(self._first_chunk_wait, self._ring)
         try:
             return await self._exchange.open()
         finally:
-            if timer is not None:
-                timer.cancel()
+            self._opened = True
             if self._early_start is not None:
                 await self._early_start
 
-    def _start_early(self) -> None:
-        self._exchange.status_sent()
-        self._early_start = asyncio.ensure_future(self._start())
+    def _ring(self) -> None:
+        """The first chunk is late, or has come before the timer; then it is time to look for silence."""
+        self._timer = None
+        if self._pings:
+            self._ping_if_silent()
+        elif not self._opened:
+            self._exchange.status_sent()
+            self._early_start = asyncio.ensure_future(self._start())
 
-    async def _start(self) -> None:
+    async def _start(self, first: bytes = b"") -> bytes:
+        """Gives what has not left with the status."""
         if self._started or self._gone:
-            return
+            return first
         self._started = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers()]})
+        whole: SendWhole | None = getattr(self._send, "whole", None) if first and not self._exchange.ended else None
+        if whole is None:
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers()]})
+        else:
+            self._writing = True
+            await whole(200, self._headers(), first, True)
+            self._writing, first = False, b""
         self._last_sent = self._loop.time()
         if self._exchange.is_event_stream:
-            if self._way_out is not None:
-                self._way_out.filler = sse.PING
-            self._ping_timer = self._loop.call_later(self._ping_seconds, self._ping_if_silent)
+            self._expect_silence()
+        return first
+
+    def _expect_silence(self) -> None:
+        self._pings = True
+        if self._way_out is not None:
+            self._way_out.filler = sse.PING
+        if self._timer is not None and (self._first_chunk_wait or 0) > self._ping_seconds:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._ping_seconds, self._ping_if_silent)
 
     async def _write(self, data: bytes, *, last: bool = False) -> None:
         if self._gone or not self._started:
@@ -295,7 +320,7 @@ class StreamResponse:
         if silent >= self._ping_seconds and not self._writing and (self._ping is None or self._ping.done()):
             self._ping = asyncio.ensure_future(self._send_ping())
             silent = 0
-        self._ping_timer = self._loop.call_later(max(0.01, self._ping_seconds - silent), self._ping_if_silent)
+        self._timer = self._loop.call_later(max(0.01, self._ping_seconds - silent), self._ping_if_silent)
 
     async def _send_ping(self) -> None:
         if not (self._gone or self._done or self._writing):

@@ -255,18 +255,18 @@ class GatewayCycle:
         else:
             raise RuntimeError(f"{message['type']!r} was sent out of turn, or after the end of the answer.")
 
-    def whole(self, status: int, headers: Iterable[Header], body: bytes) -> Awaitable[None]:
-        """All of an answer: what `send` does with its two messages."""
+    def whole(self, status: int, headers: Iterable[Header], body: bytes, more: bool = False) -> Awaitable[None]:
+        """All of an answer, or (`more`) its beginning: what `send` does with the first two messages."""
         if self.response_started or self.disconnected or self.flow.write_paused or len(body) > _MOST_IN_ONE:
-            return self._in_two(status, headers, body)
-        head = self._head(status, headers)
-        self.transport.write_soon(head + self._framed(body, more=False))
-        self._complete()
+            return self._in_two(status, headers, body, more)
+        self.transport.write_soon(self._head(status, headers) + self._framed(body, more))
+        if not more:
+            self._complete()
         return SENT
 
-    async def _in_two(self, status: int, headers: Iterable[Header], body: bytes) -> None:
+    async def _in_two(self, status: int, headers: Iterable[Header], body: bytes, more: bool) -> None:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
     def pass_on(self, data: bytes) -> bool:
         """A piece of the body, between the first and the last that `send` takes. False: the peer takes no more at the

@@ -141,6 +141,15 @@ class Whole(Answer):
         await self.send({"type": "http.response.body", "body": body})
 
 
+class Begun(Answer):
+    """Behind our own server, which takes the beginning of an answer in one piece."""
+
+    async def whole(self, status: int, headers: Any, body: bytes, more: bool = False) -> None:
+        assert more
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
+
+
 async def ask(
     app: App,
     path: str = "/v1/models",
@@ -461,6 +470,19 @@ async def test_requests_are_counted(inner: App | str, path: str, method: str, to
     app = routed if isinstance(inner, str) else inner
     await ask(stack(app), path, method=method, state={"metrics": metrics})
     assert metrics.words == [("begun",), *told]
+
+
+async def test_a_stream_whose_first_piece_leaves_with_its_status_counts_as_one() -> None:
+    async def begun(scope: Scope, receive: Receive, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send.whole(200, headers, b"data: 1\n\n", True)
+        await send({"type": "http.response.body", "body": b"data: 2\n\n"})
+
+    metrics, answer = Told(), Begun()
+    await ask(stack(begun), "/x", method="POST", state={"metrics": metrics}, behind=answer)
+    assert metrics.words == [("begun",), ("stream",), ("", "POST", 200, True)]
+    assert answer.body == b"data: 1\n\ndata: 2\n\n"
+    assert answer.headers["x-request-id"].startswith("req_")
 
 
 async def test_a_request_that_is_cancelled_has_ended_too() -> None:

@@ -34,12 +34,13 @@ from gateway.errors import (
     UpstreamUnreachable,
 )
 from gateway.ledger import Ledger
+from gateway.metering import Outcome
 from gateway.pricing import Price, configured
 from gateway.relay import Exchange, StreamExchange
 from gateway.responses import StreamResponse
 from gateway.store.database import Database
 from gateway.tokens import TokenCounter
-from gateway.wire.chat import ChatRequest, Chunk, Completion
+from gateway.wire.chat import ChatRequest, Chunk, Completion, Usage
 from gateway.wire.jsontext import dumps
 from tests_standalone.conftest import NOON, Unsteady, no_limits, rows, settle
 
@@ -319,6 +320,26 @@ async def test_all_other_bytes_of_a_reply_are_the_upstreams(rig: Rig) -> None:
     exchange = await rig.exchange(Upstream("up", Completion(raw, json.loads(raw))), keep=False)
     reply = await exchange.complete()
     assert reply.body == raw.replace(b'"y": 1e2}', b'"y": 1e2,"cost":2e-8}').replace(b": 1 }", b': 1,"cost":2e-8}')
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize("told", ["nothing of ours", "timings", "cost", "conversation_id", "usage.cost", "usage after"])
+async def test_what_is_added_in_one_step_is_what_edits_add(rig: Rig, told: str, blank: str, keep: bool) -> None:
+    data = whole(created=1, system_fingerprint='"usage"')
+    if told == "usage.cost":
+        data["usage"]["cost"] = 3
+    elif told == "usage after":
+        data = {"usage": data["usage"], **data}
+    elif told != "nothing of ours":
+        data[told] = {"told": 1}
+    completion = Completion(json.dumps(data, separators=(",", ":" + blank)).encode(), data)
+    exchange = await rig.exchange(Upstream("up", completion), keep=keep)
+    reply = await exchange.complete()
+
+    outcome = Outcome("ok", Usage(10, 5), "upstream", "stop")
+    assert reply.body == exchange._edited_body(completion, outcome, exchange._meter.rows[-1], reply.cost)
+    assert json.loads(reply.body)["usage"]["cost"] == 20e-9
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def fails(failure: Exception, after: float = 0) -> Read:
     return read
 
 
-async def respond(exchange: Exchange, client: Client, drain: Drain | None = None, **options: float) -> None:
+async def respond(exchange: Exchange, client: Client, drain: Drain | None = None, **options: float | None) -> None:
     wait = options.pop("first_chunk_wait", 5)
     response = StreamResponse(exchange, drain or Drain(), lambda: STREAM_HEADERS, first_chunk_wait=wait, **options)  # type: ignore[arg-type] # as far as it is asked
     await response(client.receive, client.send)
@@ -165,6 +165,70 @@ async def test_silence_is_filled_with_pings_of_a_single_line_between_events() ->
     assert (first, last) == (b"data: 1\n\n", b"data: 2\n\n")
     assert len(pings) >= 2
     assert set(pings) == {b": ping\n"}
+
+
+@pytest.mark.parametrize("wait", [0, 0.01, 0.03, 5, None])
+async def test_they_come_however_long_the_first_chunk_would_have_been_waited_for(wait: float | None) -> None:
+    client = Client()
+    reads = gives(b"data: 1\n\n"), waits(0.12, b"data: 2\n\n")
+    await respond(Exchange(*reads), client, first_chunk_wait=wait, ping_seconds=0.03)
+    assert [message.get("body") for message in client.got[:3]] == [None, b"data: 1\n\n", b": ping\n"]
+    assert client.body.endswith(b": ping\ndata: 2\n\n")
+
+
+class TakesBoth:
+    """A `send` that takes the status and the first piece in one call."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.begun: list[bytes] = []
+
+    async def __call__(self, message: Any) -> None:
+        await self._client.send(message)
+
+    async def whole(self, status: int, headers: Any, body: bytes, more: bool = False) -> None:
+        self.begun.append(body)
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self({"type": "http.response.body", "body": body, "more_body": more})
+
+
+@pytest.mark.parametrize(
+    ("reads", "begun"),
+    [
+        ([gives(b"a"), waits(0.05, b"b"), gives(b"c")], [b"a"]),
+        ([gives(b"a"), fails(UpstreamError("It broke."))], [b"a"]),
+        ([gives(b""), gives(b"b")], []),
+        ([gives(b"all")], []),
+        ([waits(0.05, b"late"), gives(b"end")], []),
+    ],
+)
+async def test_the_first_piece_leaves_with_the_status_where_it_can(reads: list[Read], begun: list[bytes]) -> None:
+    together, apart = Client(), Client()
+    send = TakesBoth(together)
+    for client, way in ((together, send), (apart, apart.send)):
+        response = StreamResponse(Exchange(*reads), Drain(), lambda: STREAM_HEADERS, first_chunk_wait=0.02)  # type: ignore[arg-type] # as far as it is asked
+        await response(client.receive, way)
+    assert [{**message, "headers": [*message.get("headers", ())]} for message in together.got] == [
+        {**message, "headers": [*message.get("headers", ())]} for message in apart.got
+    ]
+    assert send.begun == begun
+
+
+async def test_the_cut_is_told_where_status_and_first_piece_were_waiting_for_the_client() -> None:
+    client, drain = Client(), Drain()
+    exchange, send = Exchange(gives(b"a"), fails(UpstreamError("Shutting down."))), TakesBoth(client)
+    client.reading.clear()
+    response = StreamResponse(exchange, drain, lambda: STREAM_HEADERS, first_chunk_wait=5)  # type: ignore[arg-type] # as far as it is asked
+    task = asyncio.ensure_future(response(client.receive, send))
+    await asyncio.sleep(0.01)
+    drain.cut()
+    await asyncio.sleep(0.01)
+    assert exchange.ended
+    client.reading.set()
+    await task
+    assert client.body.startswith(b"a")
+    assert b"Shutting down." in client.body
+    assert not client.finished
 
 
 async def test_no_ping_goes_out_while_chunks_come() -> None:

@@ -496,6 +496,22 @@ class TestWhole:
                 answers.append(await client.read_all())
         assert answers[0] == answers[1]
 
+    @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+    @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+    @pytest.mark.parametrize("size", [0, 5, 100_000])
+    async def test_so_is_the_beginning_of_one(self, method: bytes, version: bytes, size: int) -> None:
+        async def beginning(scope: Any, receive: Any, send: Any) -> None:
+            await scope["extensions"]["gateway.way_out"].whole(200, [(b"x", b"y")], b"a" * size, True)
+            await send(body(b"end"))
+
+        answers = []
+        for app in (says(start((b"x", b"y")), body(b"a" * size, more=True), body(b"end")), beginning):
+            async with connected(app) as client:
+                await client.send(b"%s / HTTP/%s\r\nHost: here\r\n\r\n" % (method, version))
+                client.sock.shutdown(socket.SHUT_WR)
+                answers.append(await client.read_all())
+        assert answers[0] == answers[1]
+
     async def test_it_leaves_in_one_write(self) -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             await scope["extensions"]["gateway.way_out"].whole(200, [LENGTH_5], b"hello")

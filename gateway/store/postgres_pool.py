@@ -32,6 +32,8 @@ class Pool:
         self.loop = asyncio.get_running_loop()
         self._open: set[Connection] = set()
         self._stale: set[Connection] = set()
+        self._ended: set[object] = set()
+        """Those of the open ones that have said so: to ask each of them takes longer, and each call wants to know."""
         self._connecting = 0
         self._idle: deque[tuple[Connection, float]] = deque()
         """With the time since when, oldest first."""
@@ -53,10 +55,7 @@ class Pool:
     @property
     def is_cut(self) -> bool:
         """Was a free connection closed by the other side?"""
-        cut = False
-        for connection, _ in self._idle:
-            cut = cut or connection.is_closed()
-        return cut
+        return bool(self._ended) and any(connection in self._ended for connection, _ in self._idle)
 
     def take_idle(self) -> Connection | None:
         """A free connection, if there is one: what `take` gives without waiting."""
@@ -97,6 +96,7 @@ class Pool:
         """Away with it, without waiting for the server."""
         self._open.discard(connection)
         self._stale.discard(connection)
+        self._ended.discard(connection)
         connection.terminate()
         self._returned.set()
         self._offer_place()
@@ -135,7 +135,13 @@ class Pool:
             raise
         self._connecting -= 1
         self._open.add(connection)
+        connection.add_termination_listener(self._has_ended)
         return connection
+
+    def _has_ended(self, connection: object) -> None:
+        """Said after the fact: it may have been dropped by now."""
+        if connection in self._open:
+            self._ended.add(connection)
 
     async def _handed(self) -> Connection | None:
         waiter: asyncio.Future[Connection | None] = self.loop.create_future()

@@ -258,10 +258,11 @@ class Chunk:
 
 @dataclass(slots=True)
 class Completion:
-    """A whole reply: the upstream's bytes and what they parse to."""
+    """A whole reply: the upstream's bytes and what they parse to. `usage`: what it told, if that has been looked at."""
 
     raw: bytes
     data: dict[str, Any]
+    usage: Usage | None = None
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.wire import splice
+from gateway.wire.chat import Usage
 from gateway.wire.jsontext import dumps, loads
 
 _USAGE = b'"usage"'
@@ -14,6 +15,8 @@ _USUAL_USAGE = b',"usage":null'
 _USAGE_KEY = re.compile(rb'(?<!\\)"usage"\s*:')
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null|(?<!\\)"usage"\s*:\s*null\s*,\s*')
 _BACKSLASH = ord("\\")
+_TOTALS = Usage().to_openai()
+"""All of them are told where usage is; this is their order."""
 
 
 def without_usage(raw: bytes, data: Mapping[str, Any]) -> bytes:
@@ -53,6 +56,20 @@ def with_last_words(raw: bytes, data: Mapping[str, Any], words: Mapping[str, Any
         if told == b"null}" or (told.startswith(b"{") and told.endswith(b"}}") and _is_one_value(told[:-1])):
             return b"%b,%b" % (head, dumps(words)[1:])
     return splice.edit(raw, data, {key: dumps(value) for key, value in words.items()})
+
+
+def last_words(before: bytes, behind: bytes, usage: object, others: Mapping[str, Any]) -> bytes:
+    """The same where it is known what comes before the usage, and what between it and the other words."""
+    if not behind:
+        return b"%b,%b" % (before, dumps({"usage": usage, **others})[1:])
+    return b'%b,"usage":%b%b%b' % (before, dumps(usage), behind, b"," + dumps(others)[1:] if others else b"}")
+
+
+def counted(told: Mapping[str, Any] | None, usage: Usage, cost: object) -> dict[str, Any]:
+    """The usage of the last words: what the upstream told; what was counted, if it told nothing."""
+    if told is None:
+        return {**usage.to_openai(), "cost": cost}
+    return {**_TOTALS, **told, "cost": cost}
 
 
 def said_and_end(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -20,7 +20,7 @@ import orjson
 from gateway.wire.chunk_edit import with_last_words, without_usage
 from gateway.wire.jsontext import loads
 from gateway.wire.repair import REASONS, is_named
-from gateway.wire.template import plain_parts
+from gateway.wire.template import Template, plain_parts
 
 _NAME = re.compile(
     rb'\{"id": ?"([!#-\[\]-~]{1,200})", ?((?:"object": ?"chat\.completion\.chunk", ?)?)"created": ?([1-9][0-9]{9}),'
@@ -69,32 +69,23 @@ class Ending:
 _Shape = TypeVar("_Shape")
 
 
-class _Shapes(Generic[_Shape]):
+class _Shapes(dict[tuple[bytes, bytes], _Shape | None], Generic[_Shape]):
     """What `judge` says of shapes that have come more than once."""
 
     def __init__(self, judge: Callable[[bytes, bytes], _Shape | None]) -> None:
         self._judge = judge
         self._met: set[int] = set()
-        self._judged: dict[tuple[bytes, bytes], _Shape | None] = {}
 
-    def __len__(self) -> int:
-        return len(self._judged)
-
-    def of(self, about: bytes, shape: bytes) -> _Shape | None:
-        key = about, shape
-        known = self._judged.get(key)
-        return known if known is not None or key in self._judged else self._meet(key)
-
-    def _meet(self, key: tuple[bytes, bytes]) -> _Shape | None:
+    def __missing__(self, key: tuple[bytes, bytes]) -> _Shape | None:
         trace = hash(key)
         if trace not in self._met:
             if len(self._met) >= _MOST_MET:
                 self._met.clear()
             self._met.add(trace)
             return None
-        if len(self._judged) >= _SHAPES:
-            del self._judged[next(iter(self._judged))]
-        known = self._judged[key] = self._judge(*key)
+        if len(self) >= _SHAPES:
+            del self[next(iter(self))]
+        known = self[key] = self._judge(*key)
         return known
 
 
@@ -102,14 +93,13 @@ class Known:
     """A stream that opened with a known chunk. `name`: what its chunks begin with; `told`: what that tells; `first`:
     what leaves."""
 
-    __slots__ = ("_may_end", "first", "name", "opening", "told")
+    __slots__ = ("first", "name", "opening", "told")
 
     def __init__(self, name: bytes, told: dict[str, Any], opening: Opening, first: bytes) -> None:
         self.name = name
         self.told = told
         self.opening = opening
         self.first = first
-        self._may_end = True
 
     @classmethod
     def of(cls, raw: bytes) -> Known | None:
@@ -119,21 +109,28 @@ class Known:
             return None
         told_id, about, created = name.groups()
         shape, padding = _shape(raw[name.end() :])
-        opening = _openings.of(about, shape)
+        opening = _openings[about, shape]
         if opening is None:
             return None
         told = {"id": told_id.decode(), "created": int(created), "model": opening.model}
         return cls(name[0], told, opening, name[0] + _padded(opening.leaving, padding))
 
+    def template(self) -> Template | None:
+        """A guess at the next chunk: one with a text."""
+        around = self.opening.around_text
+        if around is None:
+            return None
+        (before, *behind), (leaving_before, *leaving_behind) = around
+        name = self.name
+        return Template([name + before, *behind], [name + leaving_before, *leaving_behind], rewritten=False)
+
     def ending(self, raw: bytes) -> tuple[Ending, bytes, bytes] | None:
-        """With what leaves around the usage that is put in. Asked for one that is not known, it gives up: there are
-        upstreams that tell an end in each chunk."""
-        if not self._may_end or not raw.startswith(self.name) or raw.find(_FINISH) < 0 or len(raw) > _LONGEST:
+        """With what leaves around the usage that is put in."""
+        if not raw.startswith(self.name) or raw.find(_FINISH) < 0 or len(raw) > _LONGEST:
             return None
         shape, padding = _shape(raw[len(self.name) :])
-        ending = _endings.of(self.opening.about, shape)
+        ending = _endings[self.opening.about, shape]
         if ending is None:
-            self._may_end = False
             return None
         before, behind = ending.last
         return ending, self.name + _padded(before, padding), _padded(behind, padding)
@@ -149,7 +146,7 @@ class Known:
         before = raw[len(self.name) : start]
         if not told.endswith(b"}}") or len(told) > _FLAT or len(before) > _LONGEST:
             return None
-        shape = _beginnings_of_usage.of(self.opening.about, before)
+        shape = _beginnings_of_usage[self.opening.about, before]
         if shape is None:
             return None
         try:
@@ -161,7 +158,9 @@ class Known:
 
 def _shape(raw: bytes) -> tuple[bytes, bytes]:
     """With our padding for the upstream's, if it has one and that is its end; and the upstream's."""
-    at = raw.rfind(_PADDING) if raw.endswith(b'"}') else -1
+    if raw[-2:] != b'"}':
+        return raw, b""
+    at = raw.rfind(_PADDING)
     padding = raw[at + len(_PADDING) : -2]
     if at < 0 or (padding and not padding.isalnum()):
         return raw, b""
@@ -219,10 +218,7 @@ def _specimen(about: bytes, shape: bytes) -> tuple[bytes, dict[str, Any]]:
     if b"\n" in shape or data.keys() - _ABOUT or "choices" not in data or not is_named(data):
         return name, {}
     own = (data["id"], data["created"], data["object"]) == (_ID, _CREATED, "chat.completion.chunk")
-    padded = shape.endswith(_OUR_PADDING + b"}")
-    if not own or padded != ("obfuscation" in data) or shape.count(_OUR_PADDING) != padded:
-        return name, {}
-    return name, data
+    return name, data if own and shape.count(_OUR_PADDING) <= 1 else {}
 
 
 def _sole_choice(data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -240,7 +236,7 @@ def _sole_choice(data: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _around_text(about: bytes, shape: bytes, delta: Mapping[str, Any]) -> tuple[list[bytes], list[bytes]] | None:
-    """A guess: the same chunk with a text as all that its delta has. What is not like this is read."""
+    """Of the same chunk with a text as all that its delta has."""
     told = b'"delta":%b' % orjson.dumps(delta)
     if shape.count(told) != 1:
         return None

@@ -1,9 +1,9 @@
 """The usual chunk in one step: from a read of the upstream's socket to a write to the client's.
 
-While a stream runs steadily, a read brings one HTTP chunk with one event that a plain `Template` knows, and it leaves
-as one HTTP chunk with other bytes around the same JSON string. A lane does for such a read what its source, the
-decoder, `ChatStream.pass_piece` and the way out do for it one after the other; of any other read it says False, and has
-done nothing. It may be used while nothing waits in any of them: until a read that it does not take.
+While a stream runs steadily, a read brings one HTTP chunk with one event that a `Template` knows, and it leaves as one
+HTTP chunk with other bytes around the same JSON string (and OpenAI's padding). A lane does for such a read what its
+source, the decoder, `ChatStream.pass_piece` and the way out do for it one after the other; of any other read it says
+False, and has done nothing. It may be used while nothing waits in any of them: until a read that it does not take.
 """
 
 from __future__ import annotations
@@ -51,20 +51,24 @@ FindLane = Callable[[Source], Lane | None]
 def new_lane(
     template: Template, pieces: list[str], answer: Assembler, most: int, source: Source, pass_chunk: PassChunk
 ) -> Lane:
-    """For a plain template. The texts go to `pieces`; with more than `most` characters the answer is not passed."""
-    tail, leaving_tail = template.behind + _CRLF, template.leaving_behind + _CRLF
+    """For a template `in_place`. The texts go to `pieces`; with more than `most` characters an answer is not passed."""
+    middle, leaving_middle, quote = template.middle, template.leaving_middle, template.middle[:1]
+    tail, leaving_tail = quote + template.behind + _CRLF, quote + template.leaving_behind + _CRLF
     before, leaving_before, changed = template.before, template.leaving_before, template.changed
+    leaving_between = leaving_middle.removeprefix(quote)
+    longest, grows = template.shortest_two or LONGEST, len(leaving_middle) - len(middle)
     frames: dict[int, tuple[bytes, int, bytes]] = {}
     known, append = _words.get, pieces.append
 
     def frame_of(length: int) -> tuple[bytes, int, bytes] | None:
-        """For a read of so many bytes: what stands before the string, how long that is, what stands before it then."""
+        """For a read of so many bytes: what stands before the string, how long that is (with all up to the end of the
+        padding, if there is one), what stands before it then."""
         start = source.chunk_start(length)
         size = length - len(start) - len(before) - len(tail)
         event = length - len(start) - len(_CRLF)
-        if not start or size < 2 or event >= template.shortest_two or length > LONGEST or len(frames) >= _MOST_LENGTHS:
+        if not start or size < 2 or event >= longest or length > LONGEST or len(frames) >= _MOST_LENGTHS:
             return None
-        leaving = b"%x\r\n" % (len(leaving_before) + size + len(leaving_tail) - len(_CRLF))
+        leaving = b"%x\r\n" % (len(leaving_before) + size + grows + len(leaving_tail) - len(_CRLF))
         frame = frames[length] = start + before, size, leaving + leaving_before
         return frame
 
@@ -76,6 +80,13 @@ def new_lane(
         string = data.removeprefix(head).removesuffix(tail)
         if len(string) != size:
             return False
+        rest = leaving_tail
+        if middle:
+            string, _, padding = string.partition(middle)
+            if not padding.isalnum():
+                return False
+            string += quote
+            rest = leaving_between + padding + leaving_tail
         text = known(string)
         if text is None:
             text = _read(string)
@@ -84,7 +95,7 @@ def new_lane(
         characters = answer.characters + len(text)
         if characters > most:
             return False
-        at = pass_chunk(leaving_head + string + leaving_tail if changed else data)
+        at = pass_chunk(leaving_head + string + rest if changed else data)
         if at is None:
             return False
         append(text)

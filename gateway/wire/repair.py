@@ -47,7 +47,9 @@ def completion(reply: Completion, *, model: str = "", at: int = 0) -> Completion
     gave up.
     """
     data = reply.data
-    if _is_right(data):
+    right_usage = _usage_if_right(data)
+    if right_usage is not None:
+        reply.usage = right_usage
         return reply
     choices = data.get("choices")
     choices = choices if isinstance(choices, list) else []
@@ -65,16 +67,19 @@ def completion(reply: Completion, *, model: str = "", at: int = 0) -> Completion
     return Completion(splice.edit(reply.raw, data, texts), right)
 
 
-def _is_right(data: Mapping[str, Any]) -> bool:
-    """Is it a chat reply of the usual kind, with nothing to put right? Told in no time; False: look closer."""
+def _usage_if_right(data: Mapping[str, Any]) -> Usage | None:
+    """Of a chat reply of the usual kind, with nothing to put right. Told in no time; None: look closer."""
     choices = data.get("choices")
-    if type(choices) is not list:
-        return False
+    if type(choices) is not list or not is_named(data):
+        return None
     for choice in choices:
         if not _is_right_choice(choice):
-            return False
-    counts = data.get("usage")
-    return is_named(data) and type(counts) is dict and _is_right_usage(counts)
+            return None
+    told = data.get("usage")
+    if type(told) is not dict:
+        return None
+    usual = _usual_usage(told)
+    return Usage.read(told) if usual is None and _is_right_usage(told) else usual
 
 
 def _is_right_choice(choice: object) -> bool:
@@ -86,11 +91,33 @@ def _is_right_choice(choice: object) -> bool:
         and index >= 0
         and type(reason) is str
         and reason in REASONS
-        and message.get("role") == "assistant"
         and "content" in message
+        and "role" in message
+        and message["role"] == "assistant"
         and "tool_calls" not in message
-        and not message.get("reasoning")
+        and ("reasoning" not in message or not message["reasoning"])
     )
+
+
+def _usual_usage(told: Json) -> Usage | None:
+    """Of right usage in the words of OpenAI's chat and no others; None: look closer."""
+    if len(told) != 5:
+        return None
+    try:
+        asked, answered, total = told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]
+        inside, outside = told["prompt_tokens_details"], told["completion_tokens_details"]
+    except KeyError:
+        return None
+    if not (type(asked) is int and type(answered) is int and type(total) is int):
+        return None
+    if not (0 <= asked <= MOST_TOKENS and 0 <= answered <= MOST_TOKENS and total >= 0):
+        return None
+    if type(inside) is not dict or type(outside) is not dict:
+        return None
+    parts_asked, parts_answered = inside.values(), outside.values()
+    if None in parts_asked or None in parts_answered:
+        return None
+    return Usage.read(told) if any(parts_asked) or any(parts_answered) else Usage(asked, answered)
 
 
 def _is_right_usage(told: Json) -> bool:
@@ -250,13 +277,18 @@ def new_name(operation: str, model: str, at: int, *, stream: bool = False) -> Js
 
 def is_named(data: Mapping[str, Any]) -> bool:
     """Is nothing `unnamed`, and is its `service_tier` one of OpenAI's? Told in no time."""
-    told = data.get
-    name, kind, model, created, tier = told("id"), told("object"), told("model"), told("created"), told("service_tier")
-    if not (name and type(name) is str and kind and type(kind) is str and model and type(model) is str):
+    try:
+        name, kind, model, created = data["id"], data["object"], data["model"], data["created"]
+    except KeyError:
         return False
-    if tier is not None and (type(tier) is not str or tier not in _TIERS):
+    if not (type(name) is str and type(kind) is str and type(model) is str and type(created) is int):
         return False
-    return type(created) is int and created > 0
+    if not (name and kind and model and created > 0):
+        return False
+    if "service_tier" not in data:
+        return True
+    told = data["service_tier"]
+    return told is None or (type(told) is str and told in _TIERS)
 
 
 def unnamed(data: Mapping[str, Any]) -> list[str]:

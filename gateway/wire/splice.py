@@ -8,7 +8,7 @@ what these functions trust.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -176,6 +176,27 @@ def edit(raw: bytes, data: Mapping[str, Any], changes: Mapping[str, Change]) -> 
     if not data:
         added[0] = added[0][1:]
     return b"".join((before, *added, raw[close:]))
+
+
+def extended(
+    raw: bytes, data: Mapping[str, Any], key: str, inner: Sequence[bytes], outer: Sequence[bytes]
+) -> bytes | None:
+    """`raw` with new members at the end of the object under `key` (`inner`) and at its own (`outer`), in one step.
+
+    They come as texts, each key with the comma before it and the colon behind; the caller knows that nobody has told
+    them before. None: only `edit` can tell, for that object is not there, or is not written as we would write it.
+    """
+    token, told = _plain_token(key), data.get(key)
+    if token is None or type(told) is not dict or not told or (_BACKSLASH in raw and _has_escaped_letters(raw)):
+        return None
+    parts, text = raw.split(token), dumps(told)
+    if len(parts) != 2 or raw[-1] != _BRACE or raw[-2] <= _BLANK:
+        return None
+    before, after = parts
+    end = len(text)
+    if after[: end + 1] != b":" + text:
+        return None
+    return b"".join((before, token, after[:end], *inner, after[end:-1], *outer, b"}"))
 
 
 class _CommasAndKeys(dict[str, bytes]):

@@ -20,7 +20,7 @@ import orjson
 from gateway.wire import WireError, repair, splice, sse
 from gateway.wire.assemble import Assembler
 from gateway.wire.chat import Chunk, Usage
-from gateway.wire.chunk_edit import said_and_end, with_last_words, without_usage
+from gateway.wire.chunk_edit import counted, last_words, said_and_end, with_last_words, without_usage
 from gateway.wire.chunk_repair import ChunkRepair, no_less
 from gateway.wire.failures import StreamedError, error_in
 from gateway.wire.jsontext import dumps
@@ -40,8 +40,6 @@ _MOST_PROBES = 16
 """Learning costs as much as reading two more chunks, and some upstreams never send the same twice."""
 _WORTH_IT = 8
 """Chunks that a template has to spare us, so that it does not count as a probe."""
-_TOTALS = Usage().to_openai()
-"""All of them are told where usage is; this is their order."""
 
 
 class ChatStream:
@@ -142,7 +140,7 @@ class ChatStream:
     def lane(self, pass_chunk: PassChunk, source: Source) -> Lane | None:
         """What does the work of `pass_piece` for the next reads of `source`, the same one each time; see there."""
         template = self._template
-        if template is None or not template.shortest_two or len(self._texts) != 1:
+        if template is None or not template.in_place or len(self._texts) != 1:
             return None
         if self._lane is None or self._lane[0] is not template:
             lane = new_lane(template, self._texts[0], self.answer, _MOST_CHARACTERS, source, pass_chunk)
@@ -203,18 +201,16 @@ class ChatStream:
         known = Known.of(raw)
         if known is None:
             return False
-        self._known, opening = known, known.opening
+        self._known = known
         self._repair.begin(known.told)
-        self.answer.say(opening.text)
-        self.service_tier = opening.tier
+        self.answer.say(known.opening.text)
+        self.service_tier = known.opening.tier
         self._begun = True
         leaving.append(known.first)
-        if opening.around_text is not None and self._probes < _MOST_PROBES:
-            (before, *behind), (leaving_before, *leaving_behind) = opening.around_text
+        if self._probes < _MOST_PROBES and (template := known.template()) is not None:
             self._probes += 1
             self._texts, self._worth_it = [self.answer.pieces(0, "content")], _WORTH_IT + 1
-            parts, leaving = [known.name + before, *behind], [known.name + leaving_before, *leaving_behind]
-            self._template = Template(parts, leaving, rewritten=False)
+            self._template = template
         return True
 
     def _ends(self, chunk: Chunk) -> bool:
@@ -372,13 +368,11 @@ class ChatStream:
 
     def end(self, usage: Usage, cost: object, extra: Mapping[str, Any]) -> bytes:
         """The held chunk with usage, cost and `extra` members in it, then `[DONE]`."""
-        counted = self._counted(usage, cost)
+        usage_said = counted(self._usage_data, usage, cost)
         if self._known_end is not None and self._known_end[0] is self._held:
-            _, before, behind = self._known_end
-            rest = b"," + dumps(extra)[1:] if extra else b"}"
-            return b'data: %b,"usage":%b%b%b\n\ndata: [DONE]\n\n' % (before, dumps(counted), behind, rest)
+            return b"data: %b\n\ndata: [DONE]\n\n" % last_words(*self._known_end[1:], usage_said, extra)
         chunk = self._held or (self._made_up_chunk([]) if self._wants_usage else self._made_up_finish())
-        leaving = [with_last_words(chunk.raw, chunk.data, {"usage": counted, **extra}), sse.DONE]
+        leaving = [with_last_words(chunk.raw, chunk.data, {"usage": usage_said, **extra}), sse.DONE]
         if self._wants_usage and not self.answer.finish_reasons:
             leaving.insert(0, self._made_up_finish().raw)
         return sse.encode(leaving)
@@ -386,14 +380,8 @@ class ChatStream:
     def whole(self, usage: Usage, cost: object, extra: Mapping[str, Any]) -> dict[str, Any]:
         """The answer as one object, as it would have been without a stream. For a stream with an `id`, at its end."""
         assert self._whole is not None
-        last = {"usage": self._counted(usage, cost), **extra}
+        last = {"usage": counted(self._usage_data, usage, cost), **extra}
         return self._whole.completion(self._repair.name, self.answer, self.assumed_finish_reason, last)
-
-    def _counted(self, usage: Usage, cost: object) -> dict[str, Any]:
-        told = self._usage_data
-        if told is None:
-            return {**usage.to_openai(), "cost": cost}
-        return {**_TOTALS, **told, "cost": cost}
 
     def _made_up_finish(self) -> Chunk:
         """For an upstream that never said why it ended."""

@@ -48,20 +48,23 @@ class Template:
 
     One event of the plain kind is `before`, a JSON string and `behind`, `around` bytes and the string; it leaves with
     other bytes around the string if it is `changed`. From `shortest_two` bytes on a piece may be more than one, and so
-    may any piece if the chunk is not plain.
+    may any piece if the chunk is not plain. With padding, `middle` (from the quote that ends the text), the padding and
+    a quote come between the string and `behind`. `in_place`: it is a line, and its text leaves in the bytes it came in.
     """
 
     __slots__ = (
         *("_between", "_end", "_event_end", "_event_start", "_head", "_leaving", "_leaving_between", "_leaving_end"),
-        *("_leaving_start", "_middle", "_one_line", "_rewritten", "_start", "_string_end", "_string_start", "_tail"),
-        *("around", "before", "behind", "changed", "leaving_before", "leaving_behind", "shortest_two"),
+        *("_leaving_start", "_one_line", "_rewritten", "_start", "_string_end", "_string_start", "_tail"),
+        *("around", "before", "behind", "changed", "in_place", "leaving_before", "leaving_behind", "leaving_middle"),
+        *("middle", "shortest_two"),
     )
 
     def __init__(self, parts: list[bytes], leaving: list[bytes], *, rewritten: bool) -> None:
         """`parts` and `leaving`: what comes and what leaves around the text (and the padding). `rewritten`: it does
         not leave in the bytes in which it came."""
         self._head = parts[0]
-        self._middle = parts[1] if len(parts) == 3 else b""
+        self.middle = parts[1] if len(parts) == 3 else b""
+        self.leaving_middle = leaving[1] if len(parts) == 3 else b""
         self._tail = parts[-1]
         self._start = len(self._head) - 1
         self._end = 1 - len(self._tail)
@@ -76,7 +79,8 @@ class Template:
         self._string_start = len(_DATA) + self._start
         self._string_end = self._end - len(_BLANK)
         self.around = len(self._between) - 2
-        self.shortest_two = 2 * len(self._between) if self._one_line and not (self._middle or rewritten) else 0
+        self.in_place = self._one_line and not rewritten
+        self.shortest_two = 2 * len(self._between) if self.in_place and not self.middle else 0
         self._leaving_start, self._leaving_end = _DATA + leaving[0], leaving[-1] + _BLANK
         self.before, self.behind = self._event_start[:-1], self._event_end[1:]
         self.leaving_before, self.leaving_behind = self._leaving_start[:-1], self._leaving_end[1:]
@@ -87,7 +91,7 @@ class Template:
         events that leave (the very same bytes, if they may)."""
         if not (self._one_line and piece.startswith(self._event_start) and piece.endswith(self._event_end)):
             return None
-        if self._middle or self._rewritten:
+        if self.middle or self._rewritten:
             return self._one_by_one(piece)
         string = piece[self._string_start : self._string_end]
         inside = string[1:-1].split(self._between)
@@ -124,7 +128,7 @@ class Template:
     def read(self, raw: bytes) -> tuple[str, bytes] | None:
         if not (raw.startswith(self._head) and raw.endswith(self._tail)):
             return None
-        if self._middle:
+        if self.middle:
             return self._read_padded(raw)
         string = raw[self._start : self._end]
         try:
@@ -136,9 +140,9 @@ class Template:
         return text, string[1:-1].join(self._leaving) if self.changed else raw
 
     def _read_padded(self, raw: bytes) -> tuple[str, bytes] | None:
-        stop = raw.find(self._middle, self._start)
+        stop = raw.find(self.middle, self._start)
         string = raw[self._start : stop + 1]
-        padding = raw[stop + len(self._middle) : self._end - 1]
+        padding = raw[stop + len(self.middle) : self._end - 1]
         try:
             text = orjson.loads(string)
         except orjson.JSONDecodeError:

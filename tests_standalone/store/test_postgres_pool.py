@@ -107,6 +107,35 @@ async def test_one_that_has_broken_is_not_given_out(pool: Pool) -> None:
     assert pool.size == 0
 
 
+async def test_it_is_cut_while_the_server_has_ended_one_that_is_free(line: Line) -> None:
+    pool = Pool(line.connect, 3)
+    oldest, newest, busy = [await pool.take() for _ in range(3)]
+    assert not pool.is_cut
+    pool.give(oldest)
+    pool.give(newest)
+    assert not pool.is_cut
+
+    assert await busy.fetchval("SELECT pg_terminate_backend($1, 5000)", oldest.get_server_pid())
+    while not oldest.is_closed():
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert pool.is_cut
+    assert pool.take_idle() is newest
+    assert pool.is_cut
+    assert pool.take_idle() is None
+    assert (pool.is_cut, pool.size) == (False, 2)
+
+    assert await busy.fetchval("SELECT pg_terminate_backend($1, 5000)", newest.get_server_pid())
+    while not newest.is_closed():
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not pool.is_cut, "it was taken"
+    pool.give(newest)
+    pool.give(busy)
+    assert (pool.is_cut, pool.size) == (False, 1)
+    await pool.close()
+
+
 @pytest.mark.parametrize("what", ["a connection", "a place"])
 async def test_who_leaves_as_it_is_handed_something_leaves_it_to_the_next(pool: Pool, what: str) -> None:
     first, second = await pool.take(), await pool.take()

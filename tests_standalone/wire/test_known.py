@@ -214,6 +214,9 @@ END = b'"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]'
         HEAD + DELTA + b',"system_fingerprint":"' + b"x" * 1000 + b'"}',
         HEAD + DELTA + b',"model":"\xff"}',
         HEAD + DELTA + b',\n"usage":null}',
+        HEAD + DELTA + b',"obfuscation":"specimen","obfuscation":"b"}',
+        HEAD + DELTA + b',"obfuscation":"a","error":{"message":"no"},"x":"b"}',
+        HEAD + DELTA + b',"obfuscation":"a\\"}',
         HEAD.replace(b'"c"', b'"\xff"') + DELTA + b"}",
         HEAD.replace(b'"c"', b'"a\\"b"') + DELTA + b"}",
         HEAD.replace(b'"c"', b'""') + DELTA + b"}",
@@ -291,17 +294,17 @@ class TestShapes:
         asked: list[bytes] = []
         shapes = _Shapes(lambda about, shape: asked.append(shape) or (shape if about else None))
         for _ in range(3):
-            told = [shapes.of(b"a", b"x"), shapes.of(b"", b"y")]
+            told = [shapes[b"a", b"x"], shapes[b"", b"y"]]
         assert told == [b"x", None]
         assert asked == [b"x", b"y"]
 
     def test_what_never_comes_again_pushes_nothing_out(self) -> None:
         asked: list[bytes] = []
         shapes = _Shapes(lambda about, shape: asked.append(shape) or shape)
-        shapes.of(b"", b"x")
+        shapes[b"", b"x"]
         for number in range(10_000):
-            shapes.of(b"", b"%d" % number)
-            assert shapes.of(b"", b"x") == b"x"
+            shapes[b"", b"%d" % number]
+            assert shapes[b"", b"x"] == b"x"
         assert asked == [b"x"]
         assert len(shapes._met) <= known_module._MOST_MET
 
@@ -309,7 +312,7 @@ class TestShapes:
         shapes = _Shapes(lambda about, shape: shape)
         for number in range(known_module._SHAPES + 10):
             for _ in range(2):
-                told = shapes.of(b"", b"%d" % number)
+                told = shapes[b"", b"%d" % number]
             assert told == b"%d" % number
         assert len(shapes) == known_module._SHAPES
 

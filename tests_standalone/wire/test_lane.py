@@ -226,7 +226,28 @@ END = [*stream_of(event({}, usage=None))[1:], framed(b"data: [DONE]\n\n"), b"0\r
 async def test_usual_chunks(more: dict[str, object], wants_usage: bool) -> None:
     steps = [*stream_of(*texts(*WORDS, **more)), *END]
     run = await compare(steps, wants_usage=wants_usage)
-    assert (run.taken >= 5) == (more in ({}, {"usage": None}))
+    assert (run.taken >= 5) == ("service_tier" not in more)
+
+
+@pytest.mark.parametrize("about", [{}, {"usage": None}])
+@pytest.mark.parametrize("wants_usage", [False, True])
+async def test_padding_of_any_length(about: dict[str, object], wants_usage: bool) -> None:
+    lengths = (1, 7, 3, 12, 1, 40, 2, 2, 9, 14, 5)
+    events = [
+        event({"content": text}, **about, obfuscation="aZ0b"[:length] * length)
+        for text, length in zip(WORDS, lengths, strict=True)
+    ]
+    run = await compare([*stream_of(*events), *END], wants_usage=wants_usage)
+    assert run.taken == len(WORDS) - 1
+
+
+@pytest.mark.parametrize("padding", [b"", b"-", b"a b", b'a","b":"c', b"\\u0061", b"\xc3\xbc", b"a\n", b'a"', b"a\\"])
+@pytest.mark.parametrize("text", [b"b", b'b"},"finish_reason":null}],"obfuscation":"c', b'b\\"},"x":"', b"\\"])
+async def test_padding_that_is_none(padding: bytes, text: bytes) -> None:
+    [usual] = texts("text", obfuscation="padding")
+    odd = usual.replace(b'"text"', b'"%b"' % text).replace(b'"padding"', b'"%b"' % padding)
+    run = await compare([*stream_of(*[usual] * 4, odd, *[usual] * 4), *END])
+    assert run.taken >= 3
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
@@ -258,32 +279,40 @@ ODD = [
 ]
 
 
+PADDING: dict[str, object] = {"obfuscation": "aB3"}
+PADDED = b',"obfuscation":"aB3"}\n\n'
+
+
 @pytest.mark.parametrize("place", [3, 6])
 @pytest.mark.parametrize("odd", ODD)
-async def test_unusual_ones_between(odd: bytes, place: int) -> None:
-    events = texts(*"abcdefgh")
-    events[place] = odd
+@pytest.mark.parametrize("more", [{}, PADDING])
+async def test_unusual_ones_between(odd: bytes, place: int, more: dict[str, object]) -> None:
+    events = texts(*"abcdefgh", **more)
+    events[place] = odd.replace(b"}\n\n", PADDED) if more else odd
     run = await compare([*stream_of(*events), *END])
     assert run.taken >= place - 2
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        framed(texts("a")[0]) * 2,
-        framed(texts("a")[0])[:-1],
-        b"0" + framed(texts("a")[0]),
-        framed(texts("a")[0]).replace(b"\r\n", b";x=y\r\n", 1),
-        b"%X\r\n%b\r\n" % (len(texts("a")[0]), texts("a")[0]),
-        framed(texts("abc")[0]).replace(b'abc"', b'ab"', 1),
-        framed(texts("abc")[0])[:-2] + b"\n\n",
-        framed(texts("abc")[0]).partition(b'"abc"')[0].ljust(len(framed(texts("abc")[0])) - 1, b'"') + b"x",
-        framed(texts("abc")[0]).partition(b'abc"')[0].ljust(len(framed(texts("abc")[0])) - 1, b"x") + b'"',
-        b"junk",
-    ],
-)
-async def test_unusual_reads(read: bytes) -> None:
-    await compare([*stream_of(*texts(*"abcd")), read, *map(framed, texts(*"efgh")), *END])
+READS: list[Callable[[bytes, bytes], bytes]] = [
+    lambda a, abc: a * 2,
+    lambda a, abc: a[:-1],
+    lambda a, abc: b"0" + a,
+    lambda a, abc: a.replace(b"\r\n", b";x=y\r\n", 1),
+    lambda a, abc: a[:2].upper() + a[2:],
+    lambda a, abc: abc.replace(b'abc"', b'ab"', 1),
+    lambda a, abc: abc[:-2] + b"\n\n",
+    lambda a, abc: abc.partition(b'"abc"')[0].ljust(len(abc) - 1, b'"') + b"x",
+    lambda a, abc: abc.partition(b'abc"')[0].ljust(len(abc) - 1, b"x") + b'"',
+    lambda a, abc: b"junk",
+]
+
+
+@pytest.mark.parametrize("more", [{}, PADDING])
+@pytest.mark.parametrize("unusual", READS)
+async def test_unusual_reads(unusual: Callable[[bytes, bytes], bytes], more: dict[str, object]) -> None:
+    read = unusual(*map(framed, texts("a", "abc", **more)))
+    run = await compare([*stream_of(*texts(*"abcd", **more)), read, *map(framed, texts(*"efgh", **more)), *END])
+    assert run.taken >= 3
 
 
 @pytest.mark.parametrize("steps", [[PAUSE], [LEAVE], [RESET], [RESET, LEAVE], [PAUSE, LEAVE], [PAUSE, RESUME]])
@@ -352,8 +381,9 @@ async def test_recorded_streams(name: str, wants_usage: bool) -> None:
     await compare(RECORDED[name], wants_usage=wants_usage)
 
 
-async def test_cut_at_every_byte() -> None:
-    reads = [*stream_of(*texts("one", "two", "three", "four", usage=None)), *END]
+@pytest.mark.parametrize("more", [{}, PADDING])
+async def test_cut_at_every_byte(more: dict[str, object]) -> None:
+    reads = [*stream_of(*texts("one", "two", "three", "four", usage=None, **more)), *END]
     wire = b"".join(reads)
     ends = [sum(map(len, reads[:count])) for count in range(len(reads) + 1)]
     for cut in range(ends[1], len(wire)):
@@ -366,7 +396,7 @@ async def test_in_any_reads(name: str) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     dice, reads = random.Random(seed), RECORDED[name]
-    usual = [*stream_of(*texts(*dice.choices(WORDS, k=12))), *reads]
+    usual = [*stream_of(*texts(*dice.choices(WORDS, k=12), **dice.choice(({}, PADDING)))), *reads]
     for _ in range(10):
         wire, steps, at = b"".join(usual), list[bytes](), 0
         ends = [sum(map(len, usual[:count])) for count in range(1, len(usual) + 1) if dice.random() < 0.9]

@@ -361,9 +361,11 @@ def test_what_seems_right_is_right(name: str, changes: list[tuple[str, Any]], dr
             part.pop(key, None)
         else:
             part[key] = copy.deepcopy(value)
-    if repair._is_right(data):
+    usage = repair._usage_if_right(data)
+    if usage is not None:
+        assert usage == Usage.read(data["usage"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(repair, "_is_right", lambda data: False)
+            patch.setattr(repair, "_usage_if_right", lambda data: None)
             before = Completion(json.dumps(data).encode(), data)
             assert repair.completion(before) is before
 
@@ -375,8 +377,38 @@ def _inside(data: Json) -> list[Any]:
 
 def test_the_usual_reply_seems_right_and_one_with_a_count_for_details_does_not() -> None:
     usual = RIGHT["text"]
-    assert repair._is_right(usual)
-    assert not repair._is_right(usual | {"usage": USAGE | {"prompt_tokens_details": 3}})
+    assert repair._usage_if_right(usual) == Usage.read(USAGE)
+    assert repair._usage_if_right(usual | {"usage": USAGE | {"prompt_tokens_details": 3}}) is None
+
+
+_DETAILS = st.dictionaries(
+    st.sampled_from(["cached_tokens", "audio_tokens", "reasoning_tokens"]), st.sampled_from([0, 0, 3, 9, None, 1.0, ""])
+)
+_USAGES = st.fixed_dictionaries(
+    {"prompt_tokens": st.sampled_from([7, 7, 0, -1, 10**9 + 1, True, 7.0, None])},
+    optional={
+        "completion_tokens": st.sampled_from([5, 5, 0, -1, 10**9 + 1, None]),
+        "total_tokens": st.sampled_from([12, 12, 0, -1, None]),
+        "prompt_tokens_details": _DETAILS | st.sampled_from([None, 3, []]),
+        "completion_tokens_details": _DETAILS | st.sampled_from([None, 3, []]),
+        "prompt_cache_hit_tokens": st.just(2),
+    },
+)
+
+
+@given(_USAGES)
+def test_usage_that_is_told_in_the_usual_words_is_right_and_read_so(told: Json) -> None:
+    usual = repair._usual_usage(told)
+    if usual is not None:
+        assert repair._is_right_usage(told)
+        assert usual == Usage.read(told)
+
+
+@pytest.mark.parametrize(("cached", "kept"), [(0, 0), (3, 3)])
+def test_the_usual_words(cached: int, kept: int) -> None:
+    details = {"prompt_tokens_details": {"cached_tokens": cached}, "completion_tokens_details": {"audio_tokens": 0}}
+    usage = repair._usual_usage({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, **details})
+    assert usage == Usage(7, 5, cached_tokens=kept)
 
 
 @given(_REPLIES)

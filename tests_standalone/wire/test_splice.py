@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.wire import splice
 from gateway.wire.jsontext import dumps, loads
-from gateway.wire.splice import edit, members, sole_value
+from gateway.wire.splice import edit, extended, members, sole_value
 
 
 def edited(raw: bytes, **changes: bytes | None) -> bytes:
@@ -238,3 +238,53 @@ def test_new_values_in_their_places_or_after_a_look_at_all(raw: bytes, changes: 
     if replaced:
         quickly = splice._with_values(raw, data, replaced)
         assert quickly in (None, splice._rewritten(raw, data, replaced))
+
+
+# --- new members in one step are those of two edits
+
+
+def _in_one_step(raw: bytes) -> bytes | None:
+    return extended(raw, loads(raw), "usage", [b',"in":', b"1"], [b',"out":', b"2", b',"more":', b"[]"])
+
+
+def _in_two_steps(raw: bytes) -> bytes:
+    data = loads(raw)
+    told = data["usage"]
+    return edit(raw, data, {"usage": lambda text: edit(text, told, {"in": b"1"}), "out": b"2", "more": b"[]"})
+
+
+_SAID = st.dictionaries(_KEYS | st.just('\\"usage":{}'), _VALUES | st.just('"usage":{}'), max_size=3)
+
+
+@given(_SAID, _SAID, _SAID, st.sampled_from([(",", ":"), (",", ":"), (", ", ": ")]), st.booleans(), _SPACES)
+def test_new_members_in_one_step_or_two(
+    before: dict[str, Any], told: dict[str, Any], after: dict[str, Any], marks: tuple[str, str], ascii: bool, end: str
+) -> None:
+    data = {**before, "usage": told, **{key: value for key, value in after.items() if key != "usage"}}
+    raw = json.dumps(data, separators=marks, ensure_ascii=ascii or _has_surrogate(data)).encode() + end.encode()
+    assert _in_one_step(raw) in (None, _in_two_steps(raw))
+
+
+def test_new_members_in_one_step() -> None:
+    assert _in_one_step(b'{"a":1,"usage":{"n":[1]}}') == b'{"a":1,"usage":{"n":[1],"in":1},"out":2,"more":[]}'
+    assert _in_one_step(b'{"usage":{"n":{}},"a":"\\n"}') == b'{"usage":{"n":{},"in":1},"a":"\\n","out":2,"more":[]}'
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"usage":{"n":1},"usage":{"n":1}}',
+        b'{"usage":{"n":1},"\\u0075sage":{"n":1}}',
+        b'{"usage": {"n":1}}',
+        b'{"usage":{"n":1.0e1}}',
+        b'{"usage":{"n":1} }',
+        b'{"usage":{"n":1}}\n',
+        b'{"usage":{"n":1},"a":["usage"]}',
+        b'{"a":{"usage":{"n":1}},"\\u0075sage":{"n":1}}',
+        b'{"usage":{}}',
+        b'{"usage":null}',
+        b'{"n":1}',
+    ],
+)
+def test_what_takes_a_closer_look(raw: bytes) -> None:
+    assert _in_one_step(raw) is None

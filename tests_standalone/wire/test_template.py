@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from gateway.wire import template as template_module
 from gateway.wire.chat import Chunk, Usage
 from gateway.wire.sse import SSEDecoder
 from gateway.wire.stream import ChatStream, StreamedError
-from gateway.wire.template import MARK, Probe, Template, around_text
+from gateway.wire.template import MARK, Probe, Template, around_text, plain_parts
 
 Json = dict[str, Any]
 
@@ -56,6 +57,37 @@ def parsed(*chunks: bytes, wants_usage: bool = False, operation: str = "chat/com
 
 
 BEGIN = compact(chunk({"role": "assistant", "content": ""}))
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "left"),
+    [
+        (b"", b"", (b"", b"")),
+        (b"", b',"usage":null', (b"", b"")),
+        (b',"usage":null', b"", (b"", b"")),
+        (b',"usage":null', b',"usage":null', None),
+        (b"", b',"usage": null', None),
+        (b"", b',"usage":null,"x":{"usage":1}', None),
+    ],
+)
+@pytest.mark.parametrize("padding", [b"", b',"obfuscation":"a"'])
+def test_usage_that_does_not_leave(
+    before: bytes, behind: bytes, left: tuple[bytes, bytes] | None, padding: bytes
+) -> None:
+    def around(before: bytes, behind: bytes) -> bytes:
+        return b'{"id":"c"%b,"choices":[{"index":0,"delta":{"content":"b"}}]%b%b}' % (before, behind, padding)
+
+    raw = around(before, behind)
+    plain = plain_parts(raw, json.loads(raw), without_usage=True)
+    if left is None or plain is None:
+        assert left is plain
+        return
+    key, parts, leaving = plain
+    texts = (b"b", b"a")[: len(parts) - 1]
+    assert key == "content"
+    assert len(parts) == len(leaving) == (3 if padding else 2)
+    for joined, whole in ((parts, raw), (leaving, around(*left))):
+        assert b"".join(part + text for part, text in zip_longest(joined, texts, fillvalue=b"")) == whole
 
 
 class TestWhatIsNotParsed:
