@@ -18,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
-from gateway import estimates
+from gateway import attempts, estimates
 from gateway.admission import Admission
 from gateway.auth import Caller
 from gateway.catalog import Catalog, Model, Route
@@ -35,7 +35,6 @@ from gateway.errors import (
     Unavailable,
     UntrueUsage,
     UpstreamError,
-    UpstreamUnreachable,
 )
 from gateway.ledger import Ledger
 from gateway.metering import Meter, Outcome, nothing
@@ -52,8 +51,6 @@ from gateway.wire.operation import OperationRequest
 log = logging.getLogger("gateway.relay")
 
 DRAIN_SECONDS = 30.0
-_AGAIN = frozenset({500, 502, 503, 529})
-_CLIENTS_OWN = frozenset({400, 404, 409, 413, 415, 422})
 StopReason = Literal["client_disconnected", "interrupted"]
 T = TypeVar("T")
 R = TypeVar("R", ChatRequest, OperationRequest)
@@ -200,18 +197,19 @@ class Call(Generic[R]):
                 finally:
                     self._end_work()
             except BadRequest:  # this backend can never do it, and was not asked
-                follower = _follower(plan, number)
+                follower = attempts.follower(plan, number)
                 if follower is None or follower is route:
                     raise
             except UpstreamError as failure:
                 if not self._broken_off:
                     route.health.failed(failure)
                     relay.failed(route.backend.name, failure)
-                follower = _follower(plan, number)
-                if self.stopped or self._committed or follower is None or not _may_follow(failure, route, follower):
+                follower = attempts.follower(plan, number)
+                ended = self.stopped or self._committed
+                if ended or follower is None or not attempts.may_follow(failure, route, follower):
                     raise
                 log.warning("%s failed (%s), trying again", route.backend.name, failure.log or failure.message)
-                self._row(nothing("error", cost_unknown=not _refused(failure)), charged=False)
+                self._row(nothing("error", cost_unknown=not attempts.refused(failure)), charged=False)
             else:
                 route.health.answered(failures_before)
                 return answer
@@ -261,7 +259,7 @@ class Call(Generic[R]):
 
     def _request_for(self, route: Route) -> R:
         request = self.job.request
-        if (request.model or self.job.assumed_model) == route.upstream_model and not _names_others(request):
+        if (request.model or self.job.assumed_model) == route.upstream_model and not attempts.names_others(request):
             return request
         return request.with_model(route.upstream_model)
 
@@ -303,7 +301,7 @@ class Call(Generic[R]):
             earlier = self._meter.rows[-1] if self._meter.rows else None
             await self._record_quietly(earlier, keep_talk=False)
             return cut_short() if self.stopped == "interrupted" else failure
-        refused = _refused(failure)
+        refused = attempts.refused(failure)
         ended_by_us = self.stopped is not None and not refused
         outcome = await self._outcome(None, [], None) if ended_by_us else nothing("error", cost_unknown=not refused)
         row = self._row(outcome, charged=ended_by_us)
@@ -381,22 +379,6 @@ def _text(reason: object) -> str | None:
     return reason if isinstance(reason, str) else None
 
 
-def _follower(plan: Sequence[tuple[str, Route]], number: int) -> Route | None:
-    return plan[number][1] if number < len(plan) else None
-
-
-def _names_others(request: ChatRequest | OperationRequest) -> bool:
-    """Might an upstream that reads a doubled key in its own way find another model in it?"""
-    if isinstance(request, OperationRequest) and request.form is not None:
-        return False  # it cannot be named twice there
-    return request.model is not None and (request.raw.count(b'"model"') > 1 or request.raw.find(b"\\u006") >= 0)
-
-
-def _refused(failure: GatewayError) -> bool:
-    """Did the upstream say no, or hear nothing of it? Then nothing was used."""
-    return isinstance(failure, UpstreamUnreachable) or failure.upstream_status is not None
-
-
 def backend_failed(failure: Exception) -> UpstreamError:
     log.error("a backend failed in a way that nobody foresaw", exc_info=failure)
     return UpstreamError("The gateway could not read the upstream's answer.", log=type(failure).__name__)
@@ -407,9 +389,3 @@ def cut_short() -> Unavailable:
     failure = Unavailable("The gateway is shutting down and had to break off this answer.")
     failure.headers["x-should-retry"] = "false"
     return failure
-
-
-def _may_follow(failure: UpstreamError, route: Route, follower: Route) -> bool:
-    if isinstance(failure, UpstreamUnreachable) or failure.upstream_status in _AGAIN:
-        return True
-    return follower is not route and failure.upstream_status not in _CLIENTS_OWN

@@ -33,7 +33,18 @@ NOUNS = (
     *("store.turn_leases", "store.chores", "store.purge", "store.text", "store.usage", "store.user_deletions"),
 )
 CORE = (
-    *("addresses", "admission", "allowances", "attachments", "auth", "call", "caller", "catalog", "conversations"),
+    *(
+        "addresses",
+        "admission",
+        "allowances",
+        "attachments",
+        "attempts",
+        "auth",
+        "call",
+        "caller",
+        "catalog",
+        "conversations",
+    ),
     *(
         "current_sessions",
         "drain",

@@ -1,4 +1,6 @@
-"""Heads of whole replies that are known from replies before: the status line, the names and what frames the body are
+"""Heads of replies. `folded` makes one of what the parser told of it.
+
+Heads of whole replies may be known from replies before: the status line, the names and what frames the body are
 the same to the byte, and only what nobody acts on (a date, an id) and the length of the body may differ.
 
 Such a reply needs no parser if it has come in one read and is just as long as it says. Any other goes to the parser.
@@ -10,7 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
+MAX_HEAD = 1 << 16
+MAX_HEADERS = 256
+_KEPT_NAMES = 1024
+_USUAL_NAME = 64
 _MOST_BYTES = 4 << 10
 _MOST_HEADS = 4
 _PAUSE = 256
@@ -94,3 +101,24 @@ class _KnownHead:
         headers, body = self._headers.copy(), data[found.end() :]
         headers.update(zip(self._names, map(bytes.decode, found.groups()), strict=True))
         return (headers, body) if int(headers["content-length"]) == len(body) else None
+
+
+def folded(raw: list[tuple[bytes, bytes]], came: int) -> dict[str, str]:
+    """By names in lower case, of which each is there once. `came`: bytes of it, at least. Raises ValueError."""
+    if len(raw) > MAX_HEADERS or (
+        came > MAX_HEAD and sum(len(name) + len(value) + 4 for name, value in raw) > MAX_HEAD
+    ):
+        raise ValueError("its head is too large")
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in raw:
+        name = _header_name(raw_name) if len(raw_name) <= _USUAL_NAME else _lowered(raw_name)
+        value = raw_value.decode("latin-1").rstrip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def _lowered(raw: bytes) -> str:
+    return raw.decode("latin-1").lower()
+
+
+_header_name = lru_cache(_KEPT_NAMES)(_lowered)

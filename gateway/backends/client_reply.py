@@ -15,17 +15,13 @@ from typing import Protocol
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from gateway.backends.client_head import KnownHeads
+from gateway.backends.client_head import MAX_HEAD, KnownHeads, folded
 from gateway.backends.transport import Response, Timeouts
 from gateway.errors import UpstreamError, UpstreamTimeout
 
 HIGH_WATER = 1 << 16
-MAX_HEAD = 1 << 16
-MAX_HEADERS = 256
 _CHUNK = b"%x\r\n%b\r\n"
 _KEPT_CHUNK_STARTS = 4096
-_KEPT_NAMES = 1024
-_USUAL_NAME = 64
 
 Lane = Callable[[bytes], bool]
 """Takes all that one read brought, in one step; or says False, and has done nothing."""
@@ -353,7 +349,7 @@ class Reply:
                 raise ValueError(f"status {status} was not asked for")
             self._raw.clear()
             return
-        self.headers = headers = _folded(self._raw, self._silent)
+        self.headers = headers = folded(self._raw, self._silent)
         coding = headers.get("transfer-encoding")
         if coding is not None and coding.lower() != "chunked":
             raise ValueError(f"unknown transfer-encoding {coding!r}")
@@ -379,26 +375,6 @@ class Reply:
             self._keep = self._parser.should_keep_alive()
             if self._waiter is not None:
                 self._wake()
-
-
-def _folded(raw: list[tuple[bytes, bytes]], came: int) -> dict[str, str]:
-    if len(raw) > MAX_HEADERS or (
-        came > MAX_HEAD and sum(len(name) + len(value) + 4 for name, value in raw) > MAX_HEAD
-    ):
-        raise ValueError("its head is too large")
-    headers: dict[str, str] = {}
-    for raw_name, raw_value in raw:
-        name = _header_name(raw_name) if len(raw_name) <= _USUAL_NAME else _lowered(raw_name)
-        value = raw_value.decode("latin-1").rstrip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
-
-
-def _lowered(raw: bytes) -> str:
-    return raw.decode("latin-1").lower()
-
-
-_header_name = lru_cache(_KEPT_NAMES)(_lowered)
 
 
 def broken(cause: str) -> UpstreamError:

@@ -13,8 +13,9 @@ import pytest
 
 from gateway.backends import client_protocol
 from gateway.backends.client import HTTPTransport
+from gateway.backends.client_head import MAX_HEAD, MAX_HEADERS
 from gateway.backends.client_pool import Pool
-from gateway.backends.client_reply import HIGH_WATER, MAX_HEAD, MAX_HEADERS, Reply, chunk_start
+from gateway.backends.client_reply import HIGH_WATER, Reply, chunk_start
 from gateway.backends.transport import Timeouts
 from gateway.errors import UpstreamError, UpstreamTimeout
 from tests_standalone.backends.raw_upstream import (
