@@ -136,6 +136,8 @@ class Pool:
         self._connecting -= 1
         self._open.add(connection)
         connection.add_termination_listener(self._has_ended)
+        if connection.is_closed():  # before anybody listened
+            self._ended.add(connection)
         return connection
 
     def _has_ended(self, connection: object) -> None:

@@ -70,22 +70,30 @@ _Shape = TypeVar("_Shape")
 
 
 class _Shapes(dict[tuple[bytes, bytes], _Shape | None], Generic[_Shape]):
-    """What `judge` says of shapes that have come more than once."""
+    """What `judge` says of shapes that have come more than once. Of all others, which may hold somebody's text, no more
+    is kept than a hash."""
 
     def __init__(self, judge: Callable[[bytes, bytes], _Shape | None]) -> None:
         self._judge = judge
-        self._met: set[int] = set()
+        self._met: dict[int, bool] = {}
+        """Hashes of those that came once (False), and of those that no judgement makes known (True)."""
 
     def __missing__(self, key: tuple[bytes, bytes]) -> _Shape | None:
         trace = hash(key)
-        if trace not in self._met:
+        unknown = self._met.get(trace)
+        if unknown is None:
             if len(self._met) >= _MOST_MET:
                 self._met.clear()
-            self._met.add(trace)
+            self._met[trace] = False
+        if unknown is not False:
+            return None
+        known = self._judge(*key)
+        if known is None:
+            self._met[trace] = True
             return None
         if len(self) >= _SHAPES:
             del self[next(iter(self))]
-        known = self[key] = self._judge(*key)
+        self[key] = known
         return known
 
 

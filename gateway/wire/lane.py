@@ -21,10 +21,6 @@ LONGEST = 4096
 _MOST_LENGTHS = 128
 _CRLF = b"\r\n"
 _QUOTE = 0x22
-_SHORT = 24
-_MOST_WORDS = 8192
-_words: dict[bytes, str] = {}
-"""Short strings that streams have said, as they stand in JSON: the tokens of a model are few."""
 
 Lane = Callable[[bytes], bool]
 PassChunk = Callable[[bytes], float | None]
@@ -58,7 +54,7 @@ def new_lane(
     leaving_between = leaving_middle.removeprefix(quote)
     longest, grows = template.shortest_two or LONGEST, len(leaving_middle) - len(middle)
     frames: dict[int, tuple[bytes, int, bytes]] = {}
-    known, append = _words.get, pieces.append
+    append = pieces.append
 
     def frame_of(length: int) -> tuple[bytes, int, bytes] | None:
         """For a read of so many bytes: what stands before the string, how long that is (with all up to the end of the
@@ -87,11 +83,12 @@ def new_lane(
                 return False
             string += quote
             rest = leaving_between + padding + leaving_tail
-        text = known(string)
-        if text is None:
-            text = _read(string)
-            if text is None:
-                return False
+        try:
+            text = orjson.loads(string)
+        except orjson.JSONDecodeError:
+            return False
+        if not string[0] == string[-1] == _QUOTE:  # another value, or blanks around it
+            return False
         characters = answer.characters + len(text)
         if characters > most:
             return False
@@ -104,16 +101,3 @@ def new_lane(
         return True
 
     return lane
-
-
-def _read(string: bytes) -> str | None:
-    """What one JSON string says; None if it is anything else, or has blanks around it."""
-    try:
-        text: str = orjson.loads(string)
-    except orjson.JSONDecodeError:
-        return None
-    if not string[0] == string[-1] == _QUOTE:
-        return None
-    if len(string) <= _SHORT and len(_words) < _MOST_WORDS:
-        _words[string] = text
-    return text

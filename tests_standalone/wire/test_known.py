@@ -308,6 +308,16 @@ class TestShapes:
         assert asked == [b"x"]
         assert len(shapes._met) <= known_module._MOST_MET
 
+    def test_of_what_cannot_be_known_nothing_is_kept_and_nothing_asked_again(self) -> None:
+        """It may hold somebody's text."""
+        asked: list[bytes] = []
+        shapes = _Shapes[bytes](lambda about, shape: asked.append(shape))
+        for _ in range(4):
+            assert shapes[b"", b"a secret"] is None
+        assert asked == [b"a secret"]
+        assert dict(shapes) == {}
+        assert all(isinstance(trace, int) for trace in shapes._met)
+
     def test_no_more_are_remembered_than_that(self) -> None:
         shapes = _Shapes(lambda about, shape: shape)
         for number in range(known_module._SHAPES + 10):
