@@ -28,7 +28,7 @@ PLAN = Plan(seconds=3.0, warm_up=0.5, rounds=1)
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is measured: `point` is the time that is told of it. `must` and `aim` in us, where nginx takes `nginx`."""
+    """What is measured, and which of its times is told. `must` and `aim` in us, where nginx takes `nginx`."""
 
     title: str
     measure: Callable[[Jobs], dict[str, Any]]

@@ -348,9 +348,8 @@ class Call(Generic[R]):
         return Turn(rows, conversation, settlements, self._stored)
 
     def _was_recorded(self, turn: Turn) -> None:
-        talk, conversation = self.job.talk, turn.conversation
-        if talk is not None and conversation is not None:
-            talk.was_recorded(conversation)
+        if self.job.talk is not None and turn.conversation is not None:
+            self.job.talk.recorded = True
 
     def _row(self, outcome: Outcome, *, charged: bool = True) -> UsageRow:
         assert self.route is not None

@@ -259,8 +259,11 @@ class StreamResponse:
             await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers()]})
         else:
             self._writing = True
-            await whole(200, self._headers(), first, True)
-            self._writing, first = False, b""
+            try:
+                await whole(200, self._headers(), first, True)
+            finally:
+                self._writing = False
+            first = b""
         self._last_sent = self._loop.time()
         if self._exchange.is_event_stream:
             self._expect_silence()

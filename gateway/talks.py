@@ -33,7 +33,8 @@ class Talk(ConversationTurn):
 
     `asked` are the new messages of the client, `history` the stored ones that are sent before the client's. `preface`
     is sent and stored, `reminder` only sent. `chain` is that before the first new message. `is_empty`: it is there, and
-    nothing was said yet. `recorded`: its turn is durable.
+    nothing was said yet. `recorded`: its turn is durable; as a branch, if somebody else was quicker, which has given it
+    another id.
     """
 
     __slots__ = (
@@ -137,10 +138,6 @@ class Talk(ConversationTurn):
         assert self.after is not None
         self.parent = Parent(self.id, self.pk, self.after)
         self.id, self.pk, self.is_new, self.session_id = new_id(), new_pk(), True, None
-
-    def was_recorded(self, turn: ConversationTurn) -> None:
-        """The turn is durable; as a branch, if somebody else was quicker: then it has another id."""
-        self.recorded = True
 
     def close(self) -> asyncio.Future[object] | None:
         """Lets others have what it held."""

@@ -47,7 +47,7 @@ async def save(database: Database, talk: Talk, answer: Message | None, at: int =
     }
     turn = talk.turn(answer, at, **values | figures)
     await database.write([*rows_of.save([turn]), release_step([talk.lease] if talk.lease else [])])
-    talk.was_recorded(turn)
+    talk.recorded = True
     talk.close()
 
 

@@ -8,7 +8,7 @@
       client_tunnel     CONNECT, where connections go through a proxy
       client_protocol   one socket, one exchange after another
       client_reply      the reply: parser, buffer, time limits
-      client_head       heads that need no parser
+      client_head       heads of replies, and those that need no parser
       client_inflate    replies that come compressed unasked
 
 Rules:
